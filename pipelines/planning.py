@@ -1,0 +1,333 @@
+"""Before any model runs: resolve the spec, check everything that can be wrong, register the units.
+
+Invariant: nothing is written to the index before every input has been checked. A unit's identity is
+its file's path inside the source, content digest, source settings and row span, so adding files makes
+new units only; the registry gives each a dense ordinal. A file whose size and stamp are known is not
+read again, one that was merely touched is re-read but not re-scanned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from pipelines.contexts import ContextRule, context_rule
+from pipelines.corpus import FileIndex, SourceFile, index_file, list_files, merge_types
+from pipelines.ledger import FileRecord, Ledger, Plan, Unit, live_units, unit_id
+from pipelines.schema import FORMAT, RESERVED
+from pipelines.spec import CorpusSource, Sample, ScanSpec
+from pipelines.unit import device_name
+from sae_runtime import suites
+from sae_runtime.errors import InputError
+from sae_runtime.model import ModelSource, load_tokenizer, locate, site_paths
+from sae_runtime.sae import SaeInfo
+from sae_runtime.sites import Site
+
+UNIT_BYTES = {"cpu": 1 << 18, "cuda": 1 << 22}  # of text: some 64 thousand and 1 million tokens
+_CODE_VERSION = "0.1.0"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A spec whose model, SAEs and settings have been found and checked."""
+
+    spec: ScanSpec
+    source: ModelSource
+    device: str
+    rule: ContextRule
+    saes: tuple[SaeInfo, ...]
+    fingerprints: dict[str, str]  # SAE id -> digest of its tensors
+    sites: dict[Site, str]  # public path of each site
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a scan is about to do."""
+
+    plan: Plan  # the newest, registered or about to be
+    is_new: bool
+    units: tuple[Unit, ...]  # live ones, in ordinal order
+    files: dict[tuple[str, str], SourceFile]  # by (corpus, path)
+
+
+def prepare(spec: ScanSpec, device: str) -> Prepared:
+    """Find model and SAEs, check that they fit. Raises InputError naming the key."""
+    source = locate(spec.model.uri, spec.model.revision)
+    rule = context_rule(spec.context, load_tokenizer(source))
+    saes = find_saes(spec)
+    sites = site_paths(source, sorted({sae.site for sae in saes}))
+    for sae in saes:
+        path, width = sites[sae.site]
+        if sae.d_in != width:
+            raise InputError(
+                f"saes: {sae.id} has d_in {sae.d_in}, but its site {path} of {spec.model.uri} has {width}; "
+                "wrong model or wrong `site`"
+            )
+    with ThreadPoolExecutor(2) as pool:
+        prints = list(pool.map(lambda sae: suites.load(sae).fingerprint(), saes))
+    return Prepared(
+        spec,
+        source,
+        device,
+        rule,
+        tuple(saes),
+        {sae.id: digest for sae, digest in zip(saes, prints, strict=True)},
+        {site: path for site, (path, _) in sites.items()},
+    )
+
+
+def find_saes(spec: ScanSpec) -> list[SaeInfo]:
+    """Every SAE that the spec names, by layer and id. InputError when two share an id."""
+    found: dict[str, SaeInfo] = {}
+    for entry in spec.saes:
+        keep = entry.keep.sample if isinstance(entry.keep, Sample) else entry.keep
+        for sae in suites.find(entry.uri, entry.name, entry.select, entry.site, keep):
+            if sae.id in found:
+                raise InputError(f"saes: two SAEs have the id {sae.id}; give one suite another `name`")
+            found[sae.id] = sae
+    return sorted(found.values(), key=lambda sae: (sae.site.layer, sae.id))
+
+
+def identity(prepared: Prepared, metadata: dict[str, str], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What `index.json` records. Its `fixed` part must not change between scans of the index."""
+    spec, rule = prepared.spec, prepared.rule
+    return {
+        "format": FORMAT,
+        "fixed": {
+            "model": prepared.source.fingerprint,
+            "model.dtype": spec.model.dtype,
+            "model.device": device_name(prepared.device),
+            "model.threads": spec.model.threads if prepared.device == "cpu" else None,
+            "context.length": rule.length,
+            "context.overlap": rule.overlap,
+            "context.bos": rule.bos,
+            "context.exclude": sorted(spec.context.exclude),
+            "top_k": spec.top_k,
+            "sample_k": spec.sample_k,
+            "metadata": metadata,
+            "saes": {
+                sae.id: f"{prepared.fingerprints[sae.id]} at {prepared.sites[sae.site]}, keep {sae.keep_text}"
+                for sae in prepared.saes
+            },
+        },
+        "model": spec.model.uri,
+        "groups": [list(group) for group in groups],
+        "saes": [_sae_record(sae, prepared) for sae in prepared.saes],
+    }
+
+
+def check_identity(index: str, have: dict[str, Any], want: dict[str, Any]) -> None:
+    """InputError naming each setting in which a scan differs from the index it is for."""
+    old, new = have["fixed"], want["fixed"]
+    differences = []
+    for name in old:
+        if old[name] == new.get(name):
+            continue
+        if name == "saes":
+            ids = sorted(k for k in {*old[name], *new[name]} if old[name].get(k) != new[name].get(k))
+            differences.append(f"saes ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})")
+        else:
+            differences.append(f"{name} ({old[name]} there, {new.get(name)} here)")
+    if differences:
+        raise InputError(
+            f"index {index} was scanned with other settings: {'; '.join(differences)}; "
+            "scan into another index"
+        )
+
+
+def plan_units(
+    prepared: Prepared, ledger: Ledger, spec_text: str, allow_removal: bool
+) -> tuple[Planned, dict[str, str]]:
+    """List the corpus, index new or changed files and lay out the units; writes nothing.
+
+    Returns the plan and the metadata types. Raises InputError for a corpus that is not as the spec
+    says, or when more than a tenth of the documents would go and `allow_removal` is not given.
+    """
+    spec = prepared.spec
+    files = _unique(list_files(spec.corpus))
+    plans = ledger.plans()
+    known = {(f.corpus, f.path): f for f in plans[-1].files} if plans else {}
+    live = live_units(plans)
+    covered: dict[tuple[str, str, str, str], int] = {}
+    for unit in live:
+        place = (unit.corpus, unit.path, unit.digest, unit.settings)
+        covered[place] = max(covered.get(place, 0), unit.stop)
+
+    unit_bytes = UNIT_BYTES[torch.device(prepared.device).type]
+    left: dict[int, int | None] = {i: source.limit for i, source in enumerate(spec.corpus)}
+    ordinal = sum(len(plan.units) for plan in plans)
+    records: list[FileRecord] = []
+    new: list[Unit] = []
+    types: list[dict[str, str]] = []
+    for file in files:
+        source = spec.corpus[file.source]
+        limit = left[file.source]
+        settings = _settings(source)
+        seen = known.get((file.corpus, file.path))
+        unread = seen is not None and (seen.size, seen.stamp, seen.settings) == (
+            file.size,
+            file.stamp,
+            settings,
+        )
+        done, indexed = 0, None
+        if unread and seen is not None:
+            digest, rows = seen.digest, seen.rows
+            done = covered.get((file.corpus, file.path, digest, settings), 0)
+            if done < _wanted(rows, limit):
+                indexed = index_file(file, source, unit_bytes, done, _wanted(rows, limit) - done)
+        else:
+            indexed = index_file(file, source, unit_bytes, 0, limit)
+            digest, rows = indexed.digest, indexed.rows
+            done = covered.get((file.corpus, file.path, digest, settings), 0)
+            if 0 < done < _wanted(rows, limit):
+                indexed = index_file(file, source, unit_bytes, done, _wanted(rows, limit) - done)
+        if indexed is not None:
+            types.append(indexed.types)
+            for unit in _units(file, indexed, settings, done, ordinal + len(new)):
+                new.append(unit)
+        records.append(
+            FileRecord(file.source, file.corpus, file.path, digest, file.size, file.stamp, rows, settings)
+        )
+        if limit is not None:
+            left[file.source] = max(0, limit - rows)
+
+    current = {(r.corpus, r.path, r.digest, r.settings) for r in records}
+    gone = [u for u in live if (u.corpus, u.path, u.digest, u.settings) not in current]
+    _check_removal(gone, live, {(r.corpus, r.path) for r in records}, allow_removal)
+    metadata = _metadata(ledger, spec.corpus[0].metadata, types)
+    is_new = bool(new or gone or not plans)
+    plan = Plan(
+        run=len(plans) + 1,
+        started=time.time(),
+        spec=spec_text,
+        code=_CODE_VERSION,
+        device=device_name(prepared.device),
+        environment=environment(),
+        files=tuple(records),
+        units=tuple(new),
+        dropped=tuple(unit.unit for unit in gone),
+    )
+    dropped = set(plan.dropped)
+    units = sorted([u for u in live if u.unit not in dropped] + new, key=lambda u: u.ordinal)
+    by_place = {(file.corpus, file.path): file for file in files}
+    return Planned(plan if is_new else plans[-1], is_new, tuple(units), by_place), metadata
+
+
+def plan_groups(saes: Sequence[SaeInfo], budget: int) -> list[list[str]]:
+    """Ids of the SAEs that are scanned together: as many as fit `budget` bytes, in order."""
+    groups: list[list[str]] = []
+    used = budget + 1
+    for sae in saes:
+        size = sae_bytes(sae)
+        if used + size > budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(sae.id)
+        used += size
+    return groups
+
+
+def sae_bytes(sae: SaeInfo) -> int:
+    """Host memory of one SAE in a worker: float32 encoder and decoder, and its summary."""
+    return sae.width * (8 * sae.d_in + 2400)
+
+
+def memory_budget(workers: int) -> int:
+    """Bytes that one worker may use for SAEs: half of the machine's memory, shared."""
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // workers)
+
+
+def environment() -> dict[str, str]:
+    """Versions that may change values: recorded with each run, a change is named, not refused."""
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _sae_record(sae: SaeInfo, prepared: Prepared) -> dict[str, Any]:
+    record = asdict(sae)
+    del record["site"], record["path"]
+    return record | {
+        "site": prepared.sites[sae.site],
+        "layer": sae.site.layer,
+        "keep": sae.keep_text,
+        "fingerprint": prepared.fingerprints[sae.id],
+    }
+
+
+def _unique(files: list[SourceFile]) -> list[SourceFile]:
+    seen: dict[tuple[str, str], SourceFile] = {}
+    for file in files:
+        other = seen.setdefault((file.corpus, file.path), file)
+        if other is not file:
+            raise InputError(
+                f"corpus.uri: {other.uri} and {file.uri} would both be {file.corpus}/{file.path}; "
+                "give the sources different `name`s"
+            )
+    return files
+
+
+def _settings(source: CorpusSource) -> str:
+    """Digest of what a source's settings do to its documents."""
+    text = json.dumps([source.format, source.text, source.id, source.metadata, source.sample])
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _wanted(rows: int, limit: int | None) -> int:
+    return rows if limit is None else min(rows, limit)
+
+
+def _units(file: SourceFile, indexed: FileIndex, settings: str, done: int, ordinal: int) -> list[Unit]:
+    return [
+        Unit(
+            unit=unit_id(file.corpus, file.path, indexed.digest, settings, span.start, span.stop),
+            ordinal=ordinal + i,
+            corpus=file.corpus,
+            path=file.path,
+            digest=indexed.digest,
+            settings=settings,
+            start=span.start,
+            stop=span.stop,
+            bytes=span.bytes,
+        )
+        for i, span in enumerate(span for span in indexed.spans if span.start >= done)
+    ]
+
+
+def _check_removal(
+    gone: Sequence[Unit], live: Sequence[Unit], present: set[tuple[str, str]], allowed: bool
+) -> None:
+    lost = sum(u.stop - u.start for u in gone if (u.corpus, u.path) not in present)
+    total = sum(u.stop - u.start for u in live)
+    if lost * 10 > total and not allowed:
+        names = sorted({u.path for u in gone if (u.corpus, u.path) not in present})
+        raise InputError(
+            f"corpus.uri: {lost:,} of {total:,} documents are gone ({', '.join(names[:3])}"
+            f"{', …' if len(names) > 3 else ''}); if that is meant, add --allow-removal"
+        )
+
+
+def _metadata(ledger: Ledger, columns: Sequence[str], types: list[dict[str, str]]) -> dict[str, str]:
+    """Types of the metadata columns: frozen by the first scan, else merged over the files."""
+    clash = [c for c in columns if c in RESERVED]
+    if clash:
+        raise InputError(f"corpus.metadata: {clash[0]!r} is a column of documents already; rename it")
+    have = ledger.identity()
+    if have is not None:
+        return dict(have["fixed"]["metadata"])
+    merged = merge_types(types)
+    return {column: merged.get(column, "string") for column in columns}

@@ -1,0 +1,124 @@
+"""The scan's specification as frozen data: what a spec file may say, with defaults and checks.
+
+Invariant: an instance is complete and valid in itself; whether files exist is found out later.
+Unknown keys and wrong types are errors that name the key (`jobs/specfile.py` words them).
+`identity()` is what must not change between scans of one index.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+Count = Annotated[int, Field(strict=True, gt=0)]
+FORMATS = ("jsonl", "parquet", "arrow", "text")
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _listed(value: Any) -> Any:
+    """One value or a list of them, as a tuple."""
+    if value is None:
+        return value
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _bytes(value: Any) -> Any:
+    """`1TB`, `500 MB` or a plain number of bytes."""
+    if not isinstance(value, str):
+        return value
+    number = value.strip().rstrip("BKMGTPbkmgtp").strip()
+    unit = value.strip()[len(number) :].strip().upper() or "B"
+    try:
+        return int(float(number) * UNITS[unit])
+    except (ValueError, KeyError):
+        raise ValueError("a size such as 500MB or 1TB is wanted") from None
+
+
+class CorpusSource(_Frozen):
+    """One source of documents: files of one format with the same columns."""
+
+    uri: Annotated[tuple[Text, ...], BeforeValidator(_listed)] = Field(min_length=1)
+    name: Text | None = None
+    format: Literal["auto", "jsonl", "parquet", "arrow", "text"] = "auto"
+    text: Text = "text"
+    messages: None = None
+    template: Text = "auto"
+    id: Text | None = None
+    metadata: tuple[Text, ...] = ()
+    limit: Count | None = None
+    sample: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_conversations(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("messages") is not None:
+            raise ValueError("conversations (`messages`) are not supported yet; give a `text` column")
+        return value
+
+
+class ModelSettings(_Frozen):
+    """The language model. `threads` are CPU threads per worker; on a CPU they fix the values too."""
+
+    uri: Text
+    revision: Text | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count = 2
+
+
+class Sample(_Frozen):
+    """Keep token rows of this fraction of the documents, by hash."""
+
+    sample: Annotated[float, Field(gt=0, le=1)]
+
+
+class SaeEntry(_Frozen):
+    """A suite of SAEs, or some of one."""
+
+    uri: Text
+    name: Text | None = None
+    select: Annotated[tuple[Text, ...], BeforeValidator(_listed)] | None = None
+    site: Literal["resid_post", "mlp_out", "attn_z"] | None = None
+    keep: Literal["tokens", "documents", "none"] | Sample = "tokens"
+
+
+class ContextSettings(_Frozen):
+    """How documents become contexts and which of their tokens are counted."""
+
+    length: Annotated[int, Field(strict=True, ge=2, le=1 << 17)] = 1024
+    overlap: Annotated[int, Field(strict=True, ge=0)] = 0
+    bos: Literal["auto"] | bool = "auto"
+    exclude: tuple[Literal["special", "first"], ...] = ("special", "first")
+
+    @model_validator(mode="after")
+    def _room(self) -> ContextSettings:
+        if self.overlap > self.length - 2:
+            raise ValueError("overlap must leave room for a BOS and one token of its own")
+        return self
+
+
+class ScanSpec(_Frozen):
+    """A whole spec file."""
+
+    corpus: Annotated[tuple[CorpusSource, ...], BeforeValidator(_listed)] = Field(min_length=1)
+    model: ModelSettings
+    saes: Annotated[tuple[SaeEntry, ...], BeforeValidator(_listed)] = Field(min_length=1)
+    context: ContextSettings = ContextSettings()
+    top_k: Count = 20
+    sample_k: Count = 10
+    max_index_bytes: Annotated[Count, BeforeValidator(_bytes)] = 10**12
+    index: Text
+    schedule: Text | None = None
+
+    @model_validator(mode="after")
+    def _same_metadata(self) -> ScanSpec:
+        for source in self.corpus[1:]:
+            if source.metadata != self.corpus[0].metadata:
+                raise ValueError("every source must list the same `metadata` columns")
+        return self

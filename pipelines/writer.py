@@ -1,0 +1,103 @@
+"""Data files of one (unit, SAE group): one Parquet file a kind, written as rows come.
+
+Invariant: a row group holds one SAE and is sorted by feature, so row-group statistics on (sae,
+feature) prune; nothing is visible until the commit names the files.
+Measured (design note, 31.7 M rows): delta-packed tokens with dictionary or byte-split bfloat16 values
+under zstd 3 take 2.34 bytes a row; pyarrow's defaults take 8.85.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.corpus import arrow_type
+from pipelines.ledger import DataFileRecord
+from pipelines.schema import DATA, SCHEMAS, documents_schema
+from pipelines.storage import DataFile, Store
+
+ROWS_PER_GROUP = 1 << 18
+_DELTA = {"activations": "token", "document_features": "document"}
+_BATCH = 1 << 20
+
+
+class UnitWriter:
+    """Opens a file when its kind first has rows; `close()` returns what a commit records."""
+
+    def __init__(self, store: Store, unit: str, group: int, attempt: str, metadata: dict[str, str]) -> None:
+        self._store = store
+        self._name = f"{unit}.{group}-{attempt}.parquet"
+        columns = {name: arrow_type(kind) for name, kind in metadata.items()}
+        self._schemas = {**SCHEMAS, "documents": documents_schema(columns)}
+        self._open: dict[str, tuple[DataFile, pq.ParquetWriter]] = {}
+        self._rows: dict[str, int] = {}
+
+    def schema(self, kind: str) -> pa.Schema:
+        """Columns of a kind, metadata included."""
+        return self._schemas[kind]
+
+    def write(self, kind: str, columns: dict[str, Any]) -> None:
+        """Append rows of one SAE (or of none) as row groups of their own."""
+        schema = self._schemas[kind]
+        arrays = [_array(columns[field.name], field) for field in schema]
+        table = pa.Table.from_arrays(arrays, schema=schema)
+        if not table.num_rows:
+            return
+        if kind not in self._open:
+            stream = self._store.create(f"{DATA}/{kind}/{self._name}")
+            self._open[kind] = stream, pq.ParquetWriter(stream, schema, **_options(kind, schema))
+            self._rows[kind] = 0
+        self._open[kind][1].write_table(table, row_group_size=ROWS_PER_GROUP)
+        self._rows[kind] += table.num_rows
+
+    def close(self) -> dict[str, DataFileRecord]:
+        """Finish every file."""
+        records = {}
+        for kind, (stream, writer) in self._open.items():
+            writer.close()
+            stream.close()
+            path = f"{DATA}/{kind}/{self._name}"
+            records[kind] = DataFileRecord(path, self._rows[kind], stream.bytes, stream.digest)
+        return records
+
+    def abandon(self) -> None:
+        """Close without a record; `gc` removes what no commit names."""
+        for stream, writer in self._open.values():
+            writer.close()
+            stream.close()
+
+
+def sae_column(sae: str, rows: int) -> pa.Array:
+    """The constant `sae` column."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([sae]))
+
+
+def windows_column(values: np.ndarray, start: np.ndarray, length: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """List column whose row i is values[start[i] : start[i] + length[i]]."""
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(length, dtype=np.int64)])
+    index = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - start, length)
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values[index], kind))
+
+
+def _array(values: Any, field: pa.Field) -> pa.Array:
+    return values if isinstance(values, pa.Array) else pa.array(values, field.type)
+
+
+def _options(kind: str, schema: pa.Schema) -> dict[str, Any]:
+    delta = _DELTA.get(kind)
+    split = ["activation"] if kind == "activations" else []
+    plain = {delta, *split}
+    return {
+        "compression": "zstd",
+        "compression_level": 3,
+        "store_schema": False,
+        "use_dictionary": [f.name for f in schema if f.name not in plain and not pa.types.is_nested(f.type)],
+        "column_encoding": {
+            **({delta: "DELTA_BINARY_PACKED"} if delta else {}),
+            **dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+        }
+        or None,
+    }

@@ -1,0 +1,169 @@
+-- The views of an index (shared/contract section 4 gives their meaning), over committed files only.
+-- $name stands for a list of files, or an empty relation of the same columns; pipelines/schema.py has
+-- the columns as written. Summaries are partials of disjoint units, merged here: counts and sums add,
+-- maxima and lowest hashes are taken again. Sums are fixed point, so the order of adding never shows.
+
+-- Units in corpus order: `place` breaks ties the same way whatever the history of scans.
+CREATE VIEW _units AS
+SELECT ordinal, run, row_number() OVER (ORDER BY corpus_order) AS place
+FROM $units AS units(ordinal, run, corpus_order);
+
+CREATE VIEW _declared_saes AS SELECT * FROM $declared_saes;
+
+CREATE VIEW runs AS SELECT * FROM $runs;
+
+CREATE VIEW vocabulary AS SELECT token, text, bytes FROM $vocabulary;
+
+CREATE VIEW documents AS
+SELECT document, id, corpus, source, row, run, n_tokens$metadata FROM $documents;
+
+CREATE VIEW segments AS
+SELECT document, 0::INTEGER AS segment, 'text' AS role, 0::INTEGER AS start, length AS stop FROM $documents;
+
+CREATE VIEW contexts AS SELECT context, document, start, first, tokens, counted FROM $contexts;
+
+-- An SAE whose `keep` leaves rows out has none here: asking for it is an error, never a partial answer.
+CREATE VIEW activations AS
+SELECT sae, feature, token // $length AS context, (token % $length)::INTEGER AS position, activation
+FROM $activations
+WHERE sae NOT IN $not_kept_tokens
+UNION ALL
+SELECT sae, NULL, NULL, NULL, NULL FROM (SELECT unnest($not_kept_tokens) AS sae)
+WHERE error('activations of ' || sae || ' were not all kept (`keep` of the spec); `saes` shows each keep, '
+    || '`sampled_activations` holds the rows of sampled documents') IS NULL;
+
+CREATE VIEW sampled_activations AS
+SELECT sae, feature, token // $length AS context, (token % $length)::INTEGER AS position, activation
+FROM $activations;
+
+CREATE VIEW document_features AS
+SELECT sae, feature, document, n_tokens, max, sum FROM $document_features
+UNION ALL
+SELECT sae, NULL, NULL, NULL, NULL, NULL FROM (SELECT unnest($not_kept_documents) AS sae)
+WHERE error('document_features of ' || sae || ' were not kept (`keep: none` of the spec)') IS NULL;
+
+-- Reconstruction error and L0. Lists are added in unit order, so that doubles add up alike each time.
+CREATE VIEW saes AS
+WITH parts AS (
+    SELECT s.*, u.place FROM $saes AS s JOIN _units AS u ON u.ordinal = s.unit
+), means AS (
+    SELECT sae, list_aggregate(list(component ORDER BY i), 'sum') AS squared_sum
+    FROM (
+        SELECT sae, i, pow(list_aggregate(list(x ORDER BY place), 'sum'), 2) AS component
+        FROM (SELECT sae, place, unnest(sample_sum) AS x, generate_subscripts(sample_sum, 1) AS i FROM parts)
+        GROUP BY sae, i
+    )
+    GROUP BY sae
+), totals AS (
+    SELECT
+        sae,
+        sum(n_tokens)::BIGINT AS n_tokens,
+        sum(n_active)::BIGINT AS n_active,
+        sum(sample_tokens)::BIGINT AS sample_tokens,
+        list_aggregate(list(sample_squares ORDER BY place), 'sum') AS squares,
+        list_aggregate(list(sample_error ORDER BY place), 'sum') AS error
+    FROM parts
+    GROUP BY sae
+)
+SELECT
+    d.sae, d.suite, d.model, d.site, d.layer, d.architecture, d.d_in, d.width, d.nominal_l0,
+    t.n_active / nullif(t.n_tokens, 0) AS measured_l0,
+    CASE WHEN t.squares - m.squared_sum / t.sample_tokens > 0
+        THEN t.error / (t.squares - m.squared_sum / t.sample_tokens) END AS fvu,
+    coalesce(t.n_tokens, 0) AS n_tokens,
+    d.keep, d.activation_convention, d.trained_on, d.neuronpedia, d.fingerprint, d.uri
+FROM _declared_saes AS d
+LEFT JOIN totals AS t USING (sae)
+LEFT JOIN means AS m USING (sae);
+
+-- Every feature of every SAE: partials, and one row of zeros each so that dead ones are there.
+CREATE VIEW features AS
+WITH counted AS (SELECT sae, sum(n_tokens)::BIGINT AS n FROM $saes GROUP BY sae),
+merged AS (
+    SELECT
+        sae,
+        feature,
+        sum(n_tokens)::BIGINT AS n_tokens,
+        sum(n_contexts)::BIGINT AS n_contexts,
+        sum(n_documents)::BIGINT AS n_documents,
+        _fixed(sum(sum_high), sum(sum_low), 64) AS total,
+        _fixed(sum(squares_high), sum(squares_low), 56) AS squares,
+        max(max) AS max
+    FROM (
+        SELECT sae, feature, n_tokens, n_contexts, n_documents, sum_high, sum_low, squares_high, squares_low, max
+        FROM $features
+        UNION ALL
+        SELECT sae, unnest(range(width))::INTEGER, 0, 0, 0, 0, 0, 0, 0, NULL FROM _declared_saes
+    )
+    GROUP BY sae, feature
+), bins AS (
+    SELECT sae, feature, bin, sum(n)::BIGINT AS n
+    FROM (SELECT sae, feature, unnest(bins)::INTEGER AS bin, unnest(bin_tokens) AS n FROM $features)
+    GROUP BY sae, feature, bin
+), ranked AS (
+    SELECT
+        sae, feature, bin, n,
+        sum(n) OVER (PARTITION BY sae, feature ORDER BY bin) AS below,
+        sum(n) OVER (PARTITION BY sae, feature) AS n_all
+    FROM bins
+), histograms AS (
+    SELECT
+        sae,
+        feature,
+        min(bin) FILTER (below >= 0.5 * n_all) AS bin50,
+        min(bin) FILTER (below >= 0.9 * n_all) AS bin90,
+        min(bin) FILTER (below >= 0.99 * n_all) AS bin99,
+        list(bin ORDER BY bin) AS bins,
+        list(n ORDER BY bin) AS ns
+    FROM ranked
+    GROUP BY sae, feature
+)
+SELECT
+    m.sae,
+    m.feature,
+    m.n_tokens,
+    m.n_contexts,
+    m.n_documents,
+    m.n_tokens / nullif(c.n, 0) AS density,
+    m.total / nullif(m.n_tokens, 0) AS mean_active,
+    sqrt(greatest(m.squares / nullif(m.n_tokens, 0) - pow(m.total / nullif(m.n_tokens, 0), 2), 0)) AS std_active,
+    m.max,
+    _bin_value(h.bin50, m.max) AS p50,
+    _bin_value(h.bin90, m.max) AS p90,
+    _bin_value(h.bin99, m.max) AS p99,
+    CASE WHEN m.n_tokens > 0 THEN
+        list_transform(range(194), lambda b: coalesce(h.ns[list_position(h.bins, b::INTEGER)], 0))
+    END AS histogram
+FROM merged AS m
+LEFT JOIN counted AS c ON c.sae = m.sae
+LEFT JOIN histograms AS h ON h.sae = m.sae AND h.feature = m.feature;
+
+-- One candidate a document in the partials already; of equal endings the highest stays, then the k highest.
+CREATE VIEW top_contexts AS
+WITH offers AS (
+    SELECT t.*, u.place * $local_max + t.context % $local_max AS place
+    FROM $top_contexts AS t JOIN _units AS u ON u.ordinal = t.context // $local_max
+), unlike AS (
+    SELECT * FROM offers
+    QUALIFY row_number() OVER (
+        PARTITION BY sae, feature, ending_a, ending_b ORDER BY activation DESC, place
+    ) = 1
+)
+SELECT
+    sae, feature,
+    (row_number() OVER (PARTITION BY sae, feature ORDER BY activation DESC, place))::INTEGER AS rank,
+    context, position, activation, positions, values
+FROM unlike
+QUALIFY row_number() OVER (PARTITION BY sae, feature ORDER BY activation DESC, place) <= $top_k;
+
+CREATE VIEW sampled_contexts AS
+WITH drawn AS (
+    SELECT s.*, u.place * $local_max + s.context % $local_max AS place
+    FROM $sampled_contexts AS s JOIN _units AS u ON u.ordinal = s.context // $local_max
+)
+SELECT
+    sae, feature, stratum,
+    (sum(population) OVER (PARTITION BY sae, feature, stratum))::BIGINT AS stratum_contexts,
+    context, position, activation, positions, values
+FROM drawn
+QUALIFY row_number() OVER (PARTITION BY sae, feature, stratum ORDER BY hash, place) <= $sample_k;

@@ -1,0 +1,115 @@
+"""bfloat16 as 16-bit codes, the histogram's bins and fixed-point sums.
+
+Activations travel as the upper half of their float32 bits (uint16, positive), which makes rounding,
+binning, ranking (codes of positive numbers order like the numbers) and exact summing integer work.
+
+Sums are 128-bit fixed point so that they do not depend on order: activations in units of 2^-64,
+squares in units of 2^-56. A code's value is an 8-bit integer times a power of two, so every
+activation of at least 2^-57 (squares: 2^-21) is summed exactly; what is smaller is cut off, always
+the same way. Measured need: DuckDB's sum of 20 M doubles gave six results in six runs.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+SUM_BITS = 64
+SQUARE_BITS = 56
+BINS_PER_OCTAVE = 8
+LOWEST, HIGHEST = -10, 14  # octaves of the histogram: [2^-10, 2^14)
+BINS = (HIGHEST - LOWEST) * BINS_PER_OCTAVE + 2
+
+
+def histogram_edges() -> np.ndarray:
+    """The 193 inner edges of the 194 bins, float64: bin 0 is below the first, bin i in [e[i-1], e[i])."""
+    return np.exp2(LOWEST + np.arange(BINS - 1) / BINS_PER_OCTAVE)
+
+
+def to_float(codes: np.ndarray) -> np.ndarray:
+    """float32 values of bfloat16 codes (uint16)."""
+    return (codes.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def bin_table() -> np.ndarray:
+    """The bin of every finite positive code: uint8 [32640]."""
+    values = to_float(np.arange(0x7F80, dtype=np.uint16)).astype(np.float64)
+    return np.searchsorted(histogram_edges(), values, side="right").astype(np.uint8)
+
+
+@numba.njit(cache=True, inline="always")
+def round_code(bits: np.uint32) -> np.uint16:
+    """The bfloat16 code nearest (ties to even) to positive float32 `bits`."""
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+@numba.njit(cache=True, inline="always")
+def exponent(code: np.uint16) -> int:
+    """floor(log2(value)) of a positive code."""
+    field = np.int64(code >> np.uint16(7))
+    if field > 0:
+        return field - 127
+    mantissa = np.int64(code)
+    result = -134
+    while mantissa > 0:
+        mantissa >>= 1
+        result += 1
+    return result
+
+
+@numba.njit(cache=True, inline="always")
+def shifted(mantissa: np.uint64, shift: int) -> tuple[np.int64, np.uint64]:
+    """mantissa * 2^shift as (high, low) 64-bit words; bits below 2^0 are cut off."""
+    if shift <= -64:
+        return np.int64(0), np.uint64(0)
+    if shift < 0:
+        return np.int64(0), mantissa >> np.uint64(-shift)
+    if shift == 0:
+        return np.int64(0), mantissa
+    if shift < 64:
+        return np.int64(mantissa >> np.uint64(64 - shift)), mantissa << np.uint64(shift)
+    return np.int64(mantissa << np.uint64(min(shift - 64, 62))), np.uint64(0)
+
+
+@numba.njit(cache=True, inline="always")
+def parts(code: np.uint16) -> tuple[np.uint64, int]:
+    """(mantissa, power): the value is mantissa * 2^power."""
+    field = np.int64(code >> np.uint16(7))
+    fraction = np.uint64(code & np.uint16(0x7F))
+    if field == 0:
+        return fraction, -133
+    return fraction | np.uint64(0x80), field - 134
+
+
+@numba.njit(cache=True, inline="always")
+def add(
+    high: np.int64, low: np.uint64, more_high: np.int64, more_low: np.uint64
+) -> tuple[np.int64, np.uint64]:
+    """128-bit sum of two fixed-point numbers."""
+    total = low + more_low
+    carry = np.int64(1) if total < low else np.int64(0)
+    return high + more_high + carry, total
+
+
+@numba.njit(cache=True)
+def fixed_to_float(high: np.ndarray, low: np.ndarray, bits: int) -> np.ndarray:
+    """float64 nearest (ties to even) to (high * 2^64 + low) / 2^bits, elementwise, for sums >= 0."""
+    out = np.empty(len(high), np.float64)
+    for i in range(len(high)):
+        out[i] = _nearest(high[i], low[i]) * 2.0 ** (-bits)
+    return out
+
+
+@numba.njit(cache=True, inline="always")
+def _nearest(high: np.int64, low: np.uint64) -> float:
+    if high == 0:
+        return np.float64(low)
+    length = np.uint64(0)
+    while (np.uint64(high) >> length) != np.uint64(0):
+        length += np.uint64(1)
+    # The top 64 bits with a sticky last one round to 53 bits exactly as all 128 would.
+    top = (np.uint64(high) << (np.uint64(64) - length)) | (low >> length)
+    if low & ((np.uint64(1) << length) - np.uint64(1)):
+        top |= np.uint64(1)
+    return np.float64(top) * 2.0 ** np.float64(length)

@@ -1,0 +1,36 @@
+"""The errors a user can cause. Each is one line: what is wrong, where, and the remedy.
+
+The command line prints the message and exits with `exit_code`; nothing else in the project is
+allowed to turn an exception into an exit code.
+"""
+
+from __future__ import annotations
+
+
+class CorpuscopeError(Exception):
+    """Something failed that a person must know about; the message is a single line."""
+
+    exit_code = 1
+
+
+class InputError(CorpuscopeError):
+    """The spec, the arguments or the inputs are wrong (names the file, key or tensor)."""
+
+    exit_code = 2
+
+
+class DataError(CorpuscopeError):
+    """The data of a scan cannot be processed as it is (names the source and row, or the site)."""
+
+
+class Interrupted(CorpuscopeError):
+    """The work is not finished here; running the same command again goes on with it."""
+
+    exit_code = 75
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The first non-empty line of an exception's text, cut to `limit` characters."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = text or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,231 @@
+"""The language model: loaded without a head, truncated after the last layer that is needed.
+
+Invariant: what a site yields is the tensor the module saw or produced in the model's own dtype, for
+exactly the token ids given; right padding never changes a real token, because attention is causal
+and the padding comes after it, so no attention mask is passed.
+Trade-off: a Q4 GGUF file is dequantised once into a cached float32 directory (0.5 GB for a
+135M-parameter model) so that every worker maps it in about a second; reading the GGUF takes 3 to 12 s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sae_runtime.errors import InputError, one_line
+from sae_runtime.sites import Site, Tap, decoder_layers, resolve
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this machine: where transformers loads it from and what identifies it."""
+
+    uri: str  # as the spec has it
+    path: str  # hub id or directory
+    revision: str | None
+    fingerprint: str  # commit of the hub, or digest of the directory's files
+
+
+def cache_dir() -> Path:
+    """Corpuscope's cache: $CORPUSCOPE_CACHE, else ~/.cache/corpuscope."""
+    return Path(os.environ.get("CORPUSCOPE_CACHE") or Path.home() / ".cache" / "corpuscope")
+
+
+def locate(uri: str, revision: str | None = None) -> ModelSource:
+    """Resolve a spec's `model.uri`: a hub id, a directory or a .gguf file.
+
+    A .gguf file is converted once into the cache. Raises InputError when nothing is there.
+    """
+    path = Path(uri).expanduser()
+    if uri.endswith(".gguf"):
+        if not path.is_file():
+            raise InputError(f"model.uri: no such file: {uri}")
+        directory = _converted(path)
+        return ModelSource(uri, str(directory), None, directory.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model.uri: no config.json in directory {uri}")
+        return ModelSource(uri, str(path), None, _digest_dir(path))
+    if uri.startswith(("/", ".", "~")) or uri.count("/") > 1:
+        raise InputError(f"model.uri: no such directory: {uri}")
+    config = load_config(ModelSource(uri, uri, revision, ""))
+    commit = getattr(config, "_commit_hash", None) or revision or "unknown"
+    return ModelSource(uri, uri, revision, str(commit))
+
+
+def load_config(source: ModelSource) -> Any:
+    """The model's transformers config. Raises InputError when it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.path, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.uri: cannot load {source.uri!r}: {one_line(error)}") from error
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's fast tokenizer. Raises InputError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.uri: no tokenizer in {source.uri!r}: {one_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise InputError(f"model.uri: {source.uri!r} has no fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def site_paths(source: ModelSource, sites: Sequence[Site]) -> dict[Site, tuple[str, int]]:
+    """(public path, width) of each site, from the config alone; InputError for one that is not there."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(load_config(source))
+    taps = [resolve(model, site) for site in sites]
+    return {tap.site: (tap.path, tap.width) for tap in taps}
+
+
+class LanguageModel:
+    """A truncated model with taps on the sites that are needed.
+
+    `run(ids)` takes token ids int64 [contexts, length] and yields, per site, the activations
+    [contexts, length, width] in the model's dtype, on the model's device.
+    """
+
+    def __init__(
+        self, source: ModelSource, sites: Sequence[Site], dtype: str = "bfloat16", device: str = "cpu"
+    ) -> None:
+        """Load `source` up to the last layer of `sites`; InputError if a site is not there."""
+        self.device = torch.device(device)
+        self.module = _load(source, max(site.layer for site in sites) + 1, DTYPES[dtype])
+        self.module.to(self.device).eval()
+        self.taps: dict[Site, Tap] = {site: resolve(self.module, site) for site in sites}
+        self.attention = str(self.module.config._attn_implementation)
+
+    @torch.inference_mode()
+    def run(self, ids: torch.Tensor) -> dict[Site, torch.Tensor]:
+        """Activations of every tapped site for `ids` [contexts, length], right padded."""
+        with captured(self.taps.values()) as activations:
+            self.module(input_ids=ids.to(self.device), use_cache=False)
+        return activations
+
+
+@contextlib.contextmanager
+def captured(taps: Sequence[Tap] | Any) -> Iterator[dict[Site, torch.Tensor]]:
+    """Hooks for the duration of a `with`: the dict fills as the model runs."""
+    found: dict[Site, torch.Tensor] = {}
+    handles = []
+    for tap in taps:
+        if tap.side == "input":
+            # `always_call` is not wanted: an error in the model must surface as itself.
+            handles.append(tap.module.register_forward_pre_hook(_input_hook(found, tap.site)))
+        else:
+            handles.append(tap.module.register_forward_hook(_output_hook(found, tap.site)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_hook(found: dict[Site, torch.Tensor], site: Site) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found[site] = args[0].detach()
+
+    return hook
+
+
+def _output_hook(found: dict[Site, torch.Tensor], site: Site) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # Decoder layers return a tensor in transformers 5 and a tuple before it.
+        found[site] = (output[0] if isinstance(output, tuple) else output).detach()
+
+    return hook
+
+
+def _load(source: ModelSource, n_layers: int, dtype: torch.dtype) -> Any:
+    """A bare model (no head) of the first `n_layers` layers."""
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    config = load_config(source)
+    have = int(config.num_hidden_layers)
+    if n_layers > have:
+        raise InputError(f"saes: layer {n_layers - 1} does not exist in the model, which has {have}")
+    config.num_hidden_layers = n_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = list(config.layer_types)[:n_layers]
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # the layers left out are reported as unexpected weights
+    logging.disable_progress_bar()
+    try:
+        model = AutoModel.from_pretrained(source.path, revision=source.revision, config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.uri: cannot load {source.uri!r}: {one_line(error)}") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    decoder_layers(model)
+    return model
+
+
+def _converted(gguf: Path) -> Path:
+    """The cached directory of a GGUF file: dequantised to float32, with its tokenizer."""
+    target = cache_dir() / "models" / f"gguf-{_digest_files([gguf])}"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        import accelerate  # noqa: F401
+        import gguf as _  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "model.uri: reading .gguf needs two more packages: pip install 'corpuscope[gguf]'"
+        ) from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".gguf-", dir=target.parent))
+    try:
+        folder, name = str(gguf.parent), gguf.name
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(partial)
+        with contextlib.suppress(OSError):  # another process converted the same file meanwhile
+            os.rename(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _digest_dir(path: Path) -> str:
+    suffixes = {".json", ".safetensors", ".bin", ".model"}
+    return _digest_files(sorted(f for f in path.iterdir() if f.suffix in suffixes))
+
+
+def _digest_files(files: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(file.name.encode() + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
