@@ -2,8 +2,9 @@
 
 Invariant: for one Python installation the files are the same bytes every time. Documents are ordered by
 a hash of their id, so the first N of them are a varied sample and a larger N only appends.
-Trade-off: documents are cut to `--max-chars` at a line break, which gives more topics and modules for
-the same tokens (DEFAULTS_MEASURED) at the price of contexts from the beginnings of files only.
+Trade-off: documents are cut to `--max-chars` at a line break, so that 124,000 SmolLM2 tokens (51,000 of
+them the manual's) hold 56 topics and 56 modules, at the price of nothing from after a file's first pages.
+Counted on Python 3.11.7 with the defaults; uncut, manual and library are 2.8 million tokens.
 """
 
 from __future__ import annotations

@@ -303,8 +303,8 @@ def readme(split: Split, held_out: Split, epochs: int, seconds: float, measured:
     return f"""# Example SAEs
 
 Six small sparse autoencoders for SmolLM2-135M, made for the demo and the tests: they cover three kinds of
-site, three depths and two widths, and their text is Python. They are not research artefacts: on text that
-is neither Python nor its manual they reconstruct badly.
+site, three depths and two widths. Their text is Python and its manual, and nothing else was measured: they
+are no research artefacts, and a scan of other text with them says little.
 
 - Layout: Gemma Scope 1, `layer_N/width_W/average_l0_K/params.npz`, float16. Residual stream after the
   layer (`-res`), MLP output (`-mlp`), concatenated heads before the output projection (`-att`).
@@ -320,7 +320,7 @@ is neither Python nor its manual they reconstruct badly.
   Python {python}, both under the PSF licence. One document in twenty is held out, by hash of its id.
 - Windows of {LENGTH} tokens of one document, no BOS. Position 0 is an attention sink: it is run, but neither
   trained on nor measured, and so are tokens whose norm is over {NORM_ABOVE:g} times the window's median.
-- The manual is read at four alignments of the windows, because it is short and half of the demo.
+- The manual is read at four alignments of the windows, because it is 4 % of the text but 40 % of the demo.
 - {split.tokens:,} tokens in {split.contexts:,} windows; {held_out.tokens:,} tokens held out.
 - {epochs} epochs in random order of tokens: {steps:,} steps of {BATCH:,} tokens for each SAE.
 - BatchTopK with an auxiliary loss for dead features, Adam at {LEARNING_RATE:g} with warm-up and decay,

@@ -7,16 +7,20 @@ that `--help` and reading commands start fast.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
 
-from jobs.output import console, format_option, message, print_rows
-from sae_runtime.errors import CorpuscopeError, InputError, Interrupted
+from jobs.output import ago, console, count, format_option, in_color, message, placed, print_facts, print_rows
+from sae_runtime.errors import CorpuscopeError, InputError, Interrupted, one_line
+
+SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
+# Errors of a disk or a filesystem that mean a wrong path, not a failure.
+_WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -36,7 +40,12 @@ def cli() -> None:
     help="Ray actors, or this process alone (needs no Ray).",
 )
 @click.option("--address", metavar="ADDR", help="A running Ray cluster; without it a local one is started.")
-@click.option("--workers", type=click.IntRange(min=1), help="Actors; default one per GPU or per `threads` cores.")
+@click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Actors; default one per GPU, or as many as the cores have room for `threads`.",
+)
 @click.option("--allow-removal", is_flag=True, help="Go on when more than a tenth of the documents are gone.")
 def scan(
     spec: str, index: str | None, executor: str, address: str | None, workers: int | None, allow_removal: bool
@@ -54,18 +63,21 @@ def scan(
     with ScanProgress() as progress:
         outcome = run_scan(loaded, text, options, progress, message)
     if not outcome.items:
-        message(f"nothing to do: run {outcome.run} is complete and the corpus has not changed ({loaded.index})")
+        message(
+            f"nothing to do: the corpus has not changed and run {outcome.run} is complete in {loaded.index}"
+        )
         return
     rate = outcome.tokens / outcome.seconds if outcome.seconds else 0.0
     message(
-        f"run {outcome.run}: {outcome.documents:,} documents, {outcome.tokens:,} counted tokens in "
-        f"{outcome.seconds:.1f} s ({rate:,.0f} tokens/s) -> {loaded.index}"
+        f"run {outcome.run}: {count(outcome.documents, 'document')}, "
+        f"{count(outcome.tokens, 'counted token')} in {outcome.seconds:.1f} s ({rate:,.0f} tokens/s) "
+        f"-> {loaded.index}"
     )
     if outcome.failed:
         first = outcome.failed[0]
         raise CorpuscopeError(
-            f"{len(outcome.failed)} of {outcome.items} units failed, first {first.work.unit.path}: {first.error}; "
-            "mend it and run again, committed units stay"
+            f"{len(outcome.failed)} of {count(outcome.items, 'unit')} failed, the first at "
+            f"{placed(first.work.unit.path, first.error)}; mend that and run again, committed units stay"
         )
 
 
@@ -75,15 +87,15 @@ def scan(
 @format_option
 def plan(spec: str, index: str | None, format_: str) -> None:
     """What a scan of SPEC would do and cost, without running the model."""
-    from jobs.planview import plan_rows
+    from jobs.planview import facts, look, record
     from jobs.specfile import load_spec
 
-    loaded, text = load_spec(spec, index)
-    rows = plan_rows(loaded, text)
+    view = look(*load_spec(spec, index))
     if format_ == "table":
-        print_rows([{"": row["item"], "value": row["shown"], "note": row["note"]} for row in rows], format_)
+        print_facts(facts(view))
     else:
-        print_rows([{row["item"]: row["value"] for row in rows}], format_)
+        row = record(view)
+        print_rows([row], format_, list(row))
 
 
 @cli.command()
@@ -91,40 +103,43 @@ def plan(spec: str, index: str | None, format_: str) -> None:
 @format_option
 def status(index: str, format_: str) -> None:
     """What is committed, failed, quarantined and running in INDEX."""
-    from pipelines.estimate import human
     from pipelines.status import status as read_status
+    from pipelines.words import human
 
     found = read_status(index)
     if format_ != "table":
-        print_rows([asdict(found)], format_)
+        row = asdict(found)
+        print_rows([row], format_, list(row))
         return
-    ago = "never" if found.last_commit is None else f"{found.last_commit:,.0f} s ago"
     facts = {
+        "index": found.index,
         "state": found.state,
-        "runs": found.runs,
-        "SAEs": found.saes,
+        "runs": f"{found.runs:,}",
+        "SAEs": f"{found.saes:,}",
         "units": f"{found.committed:,} of {found.units:,} committed, {found.running:,} running, "
         f"{found.pending - found.running:,} waiting, {found.failed:,} failed",
         "documents": f"{found.documents:,} indexed, {found.quarantined:,} quarantined",
-        "counted tokens": f"{found.tokens:,}",
+        "tokens": f"{found.tokens:,} counted",
         "size": human(found.bytes),
-        "last commit": ago,
+        "last commit": "none yet" if found.last_commit is None else f"{ago(found.last_commit)} ago",
     }
-    print_rows([{"index": name, found.index: value} for name, value in facts.items()], "table")
-    for error in found.errors:
-        message(f"failed: {error}")
+    print_facts([*facts.items(), *(("failed", error) for error in found.errors)])
 
 
 @cli.command()
 @click.argument("suite")
 @click.option("--select", multiple=True, metavar="GLOB", help="Only ids or paths that match; or `canonical`.")
-@click.option("--site", type=click.Choice(["resid_post", "mlp_out", "attn_z"]), help="Where the name does not say.")
+@click.option(
+    "--site",
+    type=click.Choice(["resid_post", "mlp_out", "attn_z"]),
+    help="Where the suite's name does not say it.",
+)
 @format_option
 def saes(suite: str, select: tuple[str, ...], site: str | None, format_: str) -> None:
     """The SAEs found under a SUITE URI."""
     from sae_runtime import suites
 
-    names = ("id", "layer", "site", "architecture", "d_in", "width", "nominal_l0")
+    names = ("id", "site", "layer", "architecture", "d_in", "width", "nominal_l0")
     rows = [
         {
             "id": sae.id,
@@ -158,21 +173,20 @@ def sql(index: str, statement: str | None, script: bool, format_: str, output: s
     from pipelines.storage import Store
     from queries.connect import connect
     from queries.connect import script as statements
-    from queries.lookup import rows, select
+    from queries.lookup import column_names, rows, select
 
     if script:
         click.echo(";\n\n".join(statements(Store(index))) + ";")
         return
     if statement is None:
-        raise InputError('sql: a statement is missing, e.g. "SELECT * FROM saes"')
+        raise InputError('sql: a statement is missing; for example "SELECT * FROM saes"')
     if (format_ == "parquet") != (output is not None):
         raise InputError("sql: --format parquet and -o FILE go together")
     result = select(connect(index), statement)
     if output is not None:
         _write_parquet(result, output)
         return
-    names = [column[0] for column in result.description or ()]
-    print_rows(rows(result), format_, names)
+    print_rows(rows(result), format_, column_names(result))
 
 
 @cli.command()
@@ -184,8 +198,8 @@ def sql(index: str, statement: str | None, script: bool, format_: str, output: s
 def feature(index: str, sae: str, number: int, k: int, format_: str) -> None:
     """One FEATURE of an SAE: its statistics and max-activating contexts, active tokens marked."""
     from queries.connect import connect
+    from queries.lookup import CONTEXT_COLUMNS, resolve_sae
     from queries.lookup import feature as look_up
-    from queries.lookup import resolve_sae
     from queries.show import feature_view
 
     con = connect(index)
@@ -193,37 +207,59 @@ def feature(index: str, sae: str, number: int, k: int, format_: str) -> None:
     found = look_up(con, name, number, k)
     if format_ == "table":
         out = console()
-        out.print(feature_view(found, color=out.is_terminal))
+        out.print(feature_view(found, color=in_color(out)))
     elif format_ == "csv":
-        print_rows([{"sae": name, "feature": number, **context} for context in found["contexts"]], format_)
+        contexts = ({"sae": name, "feature": number, **context} for context in found["contexts"])
+        print_rows(contexts, format_, ("sae", "feature", *CONTEXT_COLUMNS))
     else:
-        print_rows([found], format_)
+        print_rows([found], format_, list(found))
 
 
 @cli.command()
 @click.argument("index")
 @click.argument("sae")
-@click.option("--sort", default="n_tokens", show_default=True, metavar="COLUMN", help="Highest first; -COLUMN: lowest.")
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1), help="Rows to show.")
+@click.option(
+    "--sort",
+    default="n_tokens",
+    show_default=True,
+    metavar="COLUMN",
+    help="Highest first; with a minus before it, lowest first.",
+)
+@click.option(
+    "--limit", default=20, show_default=True, metavar="N", type=click.IntRange(min=1), help="Rows to show."
+)
 @format_option
 def features(index: str, sae: str, sort: str, limit: int, format_: str) -> None:
-    """A table of an SAE's features with their statistics."""
+    """A table of an SAE's features with their statistics.
+
+    For people it is short, and ends with the text at the highest activation; the other formats have
+    every column.
+    """
     from queries.connect import connect
     from queries.lookup import FEATURE_COLUMNS, feature_table, resolve_sae
 
     con = connect(index)
-    print_rows(feature_table(con, resolve_sae(con, sae), sort, limit), format_, FEATURE_COLUMNS)
+    rows = feature_table(con, resolve_sae(con, sae), sort, limit)
+    columns = [*FEATURE_COLUMNS, "example"]
+    if format_ == "table":
+        short = {*SHORT_COLUMNS, sort.removeprefix("-")}
+        columns = [name for name in columns if name in short]
+    print_rows(rows, format_, columns)
 
 
 def _write_parquet(result: Any, output: str) -> None:
+    import fsspec
     import pyarrow.parquet as pq
 
-    table = result.to_arrow_table()
+    from queries.lookup import arrow_table
+
+    table = arrow_table(result)
     try:
-        pq.write_table(table, output, compression="zstd")
-    except OSError as error:
-        raise InputError(f"-o {output}: {error}") from error
-    message(f"{table.num_rows:,} rows -> {Path(output)}")
+        with fsspec.open(output, "wb") as stream:
+            pq.write_table(table, stream, compression="zstd")
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"-o {output}: cannot be written: {one_line(error)}") from error
+    message(f"{count(table.num_rows, 'row')} -> {output}")
 
 
 def _stop_on_sigterm() -> None:
@@ -239,6 +275,7 @@ def main() -> None:
     """Entry point of the `corpuscope` command."""
     try:
         code = cli.main(standalone_mode=False)
+        sys.stdout.flush()
     except CorpuscopeError as error:
         message(f"error: {error}")
         code = error.exit_code
@@ -252,8 +289,13 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         message("stopped; run the same command again to go on")
         code = Interrupted.exit_code
-    except BrokenPipeError:
+    except BrokenPipeError:  # `| head` has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        message(f"error: {where}{error.strerror or one_line(error)}")
+        code = InputError.exit_code if isinstance(error, _WRONG_PATH) else CorpuscopeError.exit_code
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,6 +1,8 @@
 """Printing: tables for people, json, jsonl and csv clean on stdout; messages go to stderr.
 
-Invariant: nothing but the data reaches stdout in the machine formats; json is a list of objects.
+Invariant: nothing but the data reaches stdout in the machine formats; json is a list of objects, csv
+has its header even without rows. Rows are taken one by one there, so that memory does not grow with
+them; a table shows TABLE_ROWS at most and says so.
 """
 
 from __future__ import annotations
@@ -10,14 +12,21 @@ import datetime
 import decimal
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 FORMATS = ("table", "json", "jsonl", "csv")
+TABLE_ROWS = 1000
+_WIDE = 10_000  # columns of a console that is no terminal: lines are left whole
+_CELL = 400  # characters of a table's cell
+_LIST = 8  # items of a list in a table's cell
+_FILLER = ("example",)  # columns that take the width that is left, cut rather than wrapped
 
 format_option = click.option(
     "--format",
@@ -31,8 +40,13 @@ format_option = click.option(
 
 def console(stderr: bool = False) -> Console:
     """A console that wraps nothing when it is not a terminal."""
-    out = Console(stderr=stderr, highlight=False, soft_wrap=False)
-    return out if out.is_terminal else Console(stderr=stderr, highlight=False, width=200)
+    out = Console(stderr=stderr, highlight=False)
+    return out if out.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDE)
+
+
+def in_color(out: Console) -> bool:
+    """Whether shades will show: a terminal that has colours and a person who wants them."""
+    return out.is_terminal and out.color_system is not None and not out.no_color
 
 
 def message(text: str) -> None:
@@ -40,40 +54,84 @@ def message(text: str) -> None:
     click.echo(text, err=True)
 
 
-def print_rows(rows: Sequence[dict[str, Any]], format_: str, columns: Sequence[str] | None = None) -> None:
-    """Print dicts of the same keys in one of FORMATS."""
-    names = list(columns or (rows[0] if rows else ()))
+def count(number: int, noun: str) -> str:
+    """`1 unit`, `2,000 units`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def placed(path: str, error: str) -> str:
+    """An error with the file it is about, named once."""
+    return error if error.startswith(path) else f"{path}: {error}"
+
+
+def ago(seconds: float) -> str:
+    """`5 s`, `12 min`, `3.5 h`, `2 days`."""
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
+
+
+def print_rows(rows: Iterable[dict[str, Any]], format_: str, columns: Sequence[str]) -> None:
+    """Print dicts with the keys `columns` in one of FORMATS."""
     if format_ == "json":
-        click.echo(json.dumps([_plain(row) for row in rows], ensure_ascii=False, indent=1))
+        _print_json(rows)
     elif format_ == "jsonl":
         for row in rows:
             click.echo(json.dumps(_plain(row), ensure_ascii=False))
     elif format_ == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(names)
+        writer.writerow(columns)
         for row in rows:
-            writer.writerow([_cell(row[name]) for name in names])
+            writer.writerow([_cell(row[name]) for name in columns])
     else:
-        print_table(rows, names)
+        shown = list(islice(rows, TABLE_ROWS + 1))
+        print_table(shown[:TABLE_ROWS], columns)
+        if len(shown) > TABLE_ROWS:
+            message(f"(the first {TABLE_ROWS:,} rows; --format csv or jsonl gives all)")
 
 
 def print_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
     """A table for people: numbers right-aligned and grouped, long lists cut."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in names:
-        numeric = any(isinstance(row[name], (int, float)) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        numeric = any(isinstance(row[name], (int, float, decimal.Decimal)) for row in rows)
+        filler = name in _FILLER
+        table.add_column(
+            escape(name),
+            justify="right" if numeric else "left",
+            overflow="ellipsis" if filler else "fold",
+            no_wrap=filler or numeric,
+        )
     for row in rows:
-        table.add_row(*(_shown(row[name]) for name in names))
-    console().print(table, markup=False) if not rows else console().print(table)
+        table.add_row(*(escape(_shown(row[name])) for name in names))
+    console().print(table)
     if not rows:
         message("(no rows)")
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Two columns for people, a name and what there is to say."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(escape(name), escape(value))
+    console().print(table)
+
+
+def _print_json(rows: Iterable[dict[str, Any]]) -> None:
+    before = "["
+    for row in rows:
+        click.echo(f"{before}\n{json.dumps(_plain(row), ensure_ascii=False, indent=1)}", nl=False)
+        before = ","
+    click.echo("[]" if before == "[" else "\n]")
 
 
 def _plain(value: Any) -> Any:
     """As JSON has it: NaN and infinities are null, times ISO 8601, bytes hexadecimal."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
@@ -95,8 +153,6 @@ def _cell(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    from rich.markup import escape
-
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -104,8 +160,16 @@ def _shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
-    if isinstance(value, (list, tuple)) and len(value) > 8:
-        return f"[{', '.join(str(v) for v in value[:8])}, … {len(value)}]"
-    text = str(_cell(value)).replace("\n", "↵")
-    return escape(text if len(text) <= 400 else text[:399] + "…")
+        return f"{value:.4g}" if not abs(value) >= 10_000 else f"{value:,.0f}"
+    if isinstance(value, (list, tuple)) and len(value) > _LIST:
+        return f"[{', '.join(_shown(v) for v in value[:_LIST])}, … {len(value)}]"
+    text = str(_cell(value))
+    if _drawn(text):
+        return text
+    text = text.replace("\n", "↵")
+    return text if len(text) <= _CELL else text[: _CELL - 1] + "…"
+
+
+def _drawn(text: str) -> bool:
+    """Whether a text is a picture of boxes, such as a query plan, whose lines must stay lines."""
+    return "│" in text and "╭" in text

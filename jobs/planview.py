@@ -1,20 +1,44 @@
-"""What `corpuscope plan` says: the plan and the estimate as rows of item, value, words and note."""
+"""What `corpuscope plan` says: the plan and the estimate, as one record and as facts for people."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pipelines.estimate import RATES, Estimate, estimate, human
+from jobs.output import count
+from pipelines.estimate import RATES, Estimate, estimate
 from pipelines.ledger import Ledger
-from pipelines.planning import check_identity, identity, memory_budget, plan_groups, plan_units, prepare
+from pipelines.planning import (
+    Planned,
+    Prepared,
+    check_identity,
+    identity,
+    memory_budget,
+    plan_groups,
+    plan_units,
+    prepare,
+)
 from pipelines.spec import ScanSpec
 from pipelines.storage import Store
+from pipelines.words import human
 
 
-def plan_rows(spec: ScanSpec, text: str) -> list[dict[str, Any]]:
-    """Rows with keys item, value (plain), shown (for people) and note. Writes nothing, runs no model."""
+@dataclass(frozen=True)
+class PlanView:
+    """A scan before it is run."""
+
+    prepared: Prepared
+    planned: Planned
+    found: Estimate
+    groups: int  # of SAEs that are scanned together, each with a model pass of its own
+    exists: bool  # the index
+    committed: int  # units
+
+
+def look(spec: ScanSpec, text: str) -> PlanView:
+    """Plan the scan of `spec`. Writes nothing, runs no model; raises InputError as a scan would."""
     device = spec.model.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,37 +52,95 @@ def plan_rows(spec: ScanSpec, text: str) -> list[dict[str, Any]]:
     commits = ledger.commits() if have else {}
     done = sum(all((u.unit, g) in commits for g in range(len(groups))) for u in planned.units)
     found = estimate(prepared, planned)
+    return PlanView(prepared, planned, found, len(groups), have is not None, done)
+
+
+def record(view: PlanView) -> dict[str, Any]:
+    """One flat object; sizes in bytes, `bytes_*` one for each table of the index."""
+    found = view.found
+    return {
+        "index": view.prepared.spec.index,
+        "saes": len(view.prepared.saes),
+        "sites": len(view.prepared.sites),
+        "groups": view.groups,
+        "files": len(view.planned.files),
+        "documents": found.documents,
+        "units": len(view.planned.units),
+        "committed": view.committed,
+        "text_bytes": found.text_bytes,
+        "tokens": found.tokens,
+        "worker_memory": found.worker_memory,
+        **{f"bytes_{table}": size for table, size in found.tables.items()},
+        "index_bytes": found.index_bytes,
+        "max_index_bytes": view.prepared.spec.max_index_bytes,
+        "bottleneck": _bottleneck(view),
+        "flops_per_token_model": _model_flops(view),
+        "flops_per_token_saes": found.encode_flops,
+        **{f"hours_{name.split()[0].lower()}": _hours(view, rate) for name, rate in RATES.items()},
+    }
+
+
+def facts(view: PlanView) -> list[tuple[str, str]]:
+    """The same in words, for `print_facts`."""
+    found, spec = view.found, view.prepared.spec
     rows = [
-        _row("index", spec.index, spec.index, "exists" if have else "new"),
-        _row("saes", len(prepared.saes), f"{len(prepared.saes):,}", f"{len(prepared.sites)} sites, {len(groups)} group(s)"),
-        _row("files", len(planned.files), f"{len(planned.files):,}"),
-        _row("documents", found.documents, f"{found.documents:,}"),
-        _row("units", len(planned.units), f"{len(planned.units):,}", f"{done:,} committed"),
-        _row("text_bytes", found.text_bytes, human(found.text_bytes), "bytes in"),
-        _row("tokens", found.tokens, f"{found.tokens:,}", f"estimated, {found.bytes_per_token:.2f} bytes a token"),
-        _row("worker_memory", found.worker_memory, human(found.worker_memory), "per worker, estimated"),
+        ("index", f"{spec.index} ({'exists' if view.exists else 'new'})"),
+        (
+            "SAEs",
+            f"{len(view.prepared.saes):,} at {count(len(view.prepared.sites), 'site')}, "
+            f"{_passes(view.groups)}",
+        ),
+        (
+            "corpus",
+            f"{count(len(view.planned.files), 'file')}, {count(found.documents, 'document')}, "
+            f"{human(found.text_bytes)} of text",
+        ),
+        ("tokens", f"about {found.tokens:,} ({found.bytes_per_token:.2f} bytes each, from a sample)"),
+        ("units", f"{len(view.planned.units):,}, {view.committed:,} of them committed"),
+        ("memory", f"{human(found.worker_memory)} per worker, estimated"),
+        (
+            "index size",
+            f"{human(found.index_bytes)}, estimated; max_index_bytes is {human(spec.max_index_bytes)}",
+        ),
     ]
-    for table, size in found.tables.items():
-        rows.append(_row(f"bytes_{table}", size, human(size), "index, estimated from nominal L0"))
+    rows += [(f"  {table}", human(size)) for table, size in found.tables.items()]
     rows.append(
-        _row("index_bytes", found.index_bytes, human(found.index_bytes), f"limit {human(spec.max_index_bytes)}")
+        (
+            "bottleneck",
+            f"{_bottleneck(view)} (a token takes {_flops(_model_flops(view))} in the model, "
+            f"{_flops(found.encode_flops)} in the SAEs)",
+        )
     )
-    rows.append(_row("bottleneck", *_bottleneck(found, len(groups))))
     for name, rate in RATES.items():
-        hours = _flops(found, len(groups)) / rate / 3600
-        rows.append(_row(f"hours_{name.split()[0].lower()}", hours, f"{hours:.3g}", f"{name}, {rate / 1e12:.3g} TFLOP/s"))
+        unit = "hours" if name == "cpu" else "GPU-hours"
+        words = "one CPU" if name == "cpu" else f"one {name}"
+        rows.append((unit, f"{_small(_hours(view, rate))} on {words} (assumes {rate / 1e12:.3g} TFLOP/s)"))
     return rows
 
 
-def _row(item: str, value: Any, shown: str, note: str = "") -> dict[str, Any]:
-    return {"item": item, "value": value, "shown": shown, "note": note}
+def _passes(groups: int) -> str:
+    return (
+        "all in one model pass"
+        if groups == 1
+        else f"in {groups} model passes (they do not fit memory at once)"
+    )
 
 
-def _flops(found: Estimate, groups: int) -> float:
-    return found.tokens * (found.forward_flops * groups + found.encode_flops)
+def _model_flops(view: PlanView) -> float:
+    return view.found.forward_flops * view.groups
 
 
-def _bottleneck(found: Estimate, groups: int) -> tuple[str, str, str]:
-    model, saes = found.forward_flops * groups, found.encode_flops
-    name = "SAE encoding" if saes > model else "the model"
-    return name, name, f"GFLOP a token: model {model / 1e9:.2f}, SAEs {saes / 1e9:.2f}"
+def _hours(view: PlanView, rate: float) -> float:
+    return view.found.tokens * (_model_flops(view) + view.found.encode_flops) / rate / 3600
+
+
+def _bottleneck(view: PlanView) -> str:
+    return "SAE encoding" if view.found.encode_flops > _model_flops(view) else "the model"
+
+
+def _flops(number: float) -> str:
+    return f"{number / 1e9:.3g} GFLOP" if number >= 1e9 else f"{number / 1e6:.3g} MFLOP"
+
+
+def _small(hours: float) -> str:
+    return "under 0.001" if hours < 0.001 else f"{hours:,.3g}"

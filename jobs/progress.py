@@ -12,7 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from jobs.output import message
+from jobs.output import count, message, placed
 from pipelines.executors.base import Committed, Event, Failed
 from pipelines.executors.base import Progress as InFlight
 from pipelines.scan import Started
@@ -44,7 +44,9 @@ class ScanProgress:
     def __enter__(self) -> ScanProgress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar is not None:
             self.bar.stop()
 
@@ -67,7 +69,8 @@ class ScanProgress:
         elif isinstance(event, Failed):
             self.failed += 1
             unit = event.work.unit
-            self._say(f"failed: {unit.path} rows {unit.start} to {unit.stop}: {event.error}")
+            rows = f"rows {unit.start:,} to {unit.stop:,} are not scanned"
+            self._say(f"failed: {placed(unit.path, event.error)} ({rows})")
         self._show(ended=self.started is not None and self.done + self.failed == self.started.items)
 
     def _start(self, event: Started) -> None:
@@ -75,8 +78,8 @@ class ScanProgress:
         self.began = time.monotonic()
         done = f", {event.items_done:,} already committed" if event.items_done else ""
         self._say(
-            f"run {event.run}: {event.items:,} units with {event.documents:,} documents, "
-            f"{event.workers} worker{'s' * (event.workers != 1)}{done}"
+            f"run {event.run}: {count(event.items, 'unit')} with {count(event.documents, 'document')}, "
+            f"{count(event.workers, 'worker')}{done}"
         )
         if self.bar is not None:
             self.bar.start()
@@ -101,8 +104,9 @@ class ScanProgress:
         left = elapsed * (1 - share) / share if share > 0 else None
         failed = f", {self.failed} failed" if self.failed else ""
         return (
-            f"{documents:,}/{self.started.documents:,} documents  {tokens / max(elapsed, 1e-9):,.0f} tokens/s  "
-            f"units {self.done}/{self.started.items}{failed}  {_clock(left)} left",
+            f"{documents:,}/{self.started.documents:,} documents  "
+            f"{tokens / max(elapsed, 1e-9):,.0f} tokens/s  "
+            f"units {self.done:,}/{self.started.items:,}{failed}  {_clock(left)} left",
             share,
         )
 

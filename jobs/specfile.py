@@ -7,13 +7,14 @@ a path without a scheme is relative to the spec's own folder, never to the curre
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipelines.spec import ContextSettings, CorpusSource, ModelSettings, SaeEntry, ScanSpec
+from pipelines.spec import ContextSettings, CorpusSource, ModelSettings, SaeEntry, Sample, ScanSpec
 from sae_runtime.errors import InputError, one_line
 
 _MODELS: dict[str, type[BaseModel]] = {
@@ -21,7 +22,28 @@ _MODELS: dict[str, type[BaseModel]] = {
     "model": ModelSettings,
     "saes": SaeEntry,
     "context": ContextSettings,
+    "keep": Sample,
 }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error, not the last one's."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+    loader.flatten_mapping(node)
+    return dict(loader.construct_mapping(node, deep=True))
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 def load_spec(path: str, index: str | None = None) -> tuple[ScanSpec, str]:
@@ -30,14 +52,17 @@ def load_spec(path: str, index: str | None = None) -> tuple[ScanSpec, str]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the spec: {one_line(error)}") from error
+        problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"{path}: cannot read the spec: {problem}") from error
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or one_line(error)
-        raise InputError(f"{path}{where}: not YAML: {problem}") from error
+        raise InputError(f"{path}{where}: not a spec in YAML: {problem}") from error
+    if data is None:
+        raise InputError(f"{path}: the spec is empty; it needs the keys corpus, model, saes and index")
     if not isinstance(data, dict):
         raise InputError(f"{path}: a spec is a mapping with the keys {', '.join(ScanSpec.model_fields)}")
     if index is not None:
@@ -50,35 +75,100 @@ def load_spec(path: str, index: str | None = None) -> tuple[ScanSpec, str]:
 
 
 def _words(error: ValidationError) -> str:
-    """The first problem, as `key: what, remedy`."""
-    problems = error.errors(include_url=False)
-    problem = problems[0]
-    place = [part for part in problem["loc"] if not _is_tag(part)]
-    key = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in place).replace(".[", "[")
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_suggestion(place)}{more}"
-    if problem["type"] == "missing":
-        return f"{key}: this key is missing{more}"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
-    return f"{key or 'spec'}: {message}{shown}{more}"
+    """The first problem, as `key: what, remedy`; unknown keys come first, they explain missing ones."""
+    problems = _essential(error.errors(include_url=False))
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    place = _place(first)
+    same = [p for p in problems if _place(p) == place]
+    others = len({tuple(_place(p)) for p in problems}) - 1
+    more = f" (and {others} more)" if others else ""
+    return f"{_dotted(place)}: {_what(place, same)}{more}"
+
+
+def _essential(problems: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without those that only repeat, of a list or a union, that something inside it is wrong."""
+    places = [_place(problem) for problem in problems]
+
+    def repeats(place: list[Any]) -> bool:
+        return any(len(p) > len(place) and p[: len(place)] == place for p in places)
+
+    return [
+        p for p, place in zip(problems, places, strict=True) if p["type"] == "missing" or not repeats(place)
+    ]
+
+
+def _place(problem: Mapping[str, Any]) -> list[Any]:
+    """Keys and list positions, without the names that pydantic adds for the branches of a union."""
+    return [part for part in problem["loc"] if not _is_tag(part)]
 
 
 def _is_tag(part: Any) -> bool:
-    """Names that pydantic adds for the branches of a union."""
     return isinstance(part, str) and (part.startswith(("literal[", "function-", "tuple[")) or part in _TAGS)
 
 
 _TAGS = {"bool", "Sample", "str"}
 
 
+def _dotted(place: Sequence[Any]) -> str:
+    key = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in place)
+    return key.replace(".[", "[") or "spec"
+
+
+def _what(place: list[Any], problems: Sequence[Mapping[str, Any]]) -> str:
+    """What is wrong at one place; a union of types has one problem for each of them."""
+    first = problems[0]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key{_suggestion(place)}"
+    if first["type"] == "missing":
+        return "this key is missing"
+    if first["type"] == "value_error":
+        return str(first["msg"]).removeprefix("Value error, ")
+    wanted = " or ".join(dict.fromkeys(_wanted(place, problem) for problem in problems))
+    return f"{wanted} is wanted{_given(first.get('input'))}"
+
+
+def _wanted(place: list[Any], problem: Mapping[str, Any]) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "literal_error":
+        return str(context["expected"]).replace("'", "").replace(" or ", ", ")
+    if kind in ("model_type", "dict_type"):
+        model = _model(place)
+        return f"a mapping with the key{'s' * (len(model.model_fields) > 1)} {', '.join(model.model_fields)}"
+    bounds = {"greater_than": "more than {gt}", "greater_than_equal": "{ge} or more"}
+    bounds |= {"less_than": "less than {lt}", "less_than_equal": "{le} or less"}
+    if kind in bounds:
+        return "a number of " + bounds[kind].format(**context)
+    return _KINDS.get(kind, str(problem["msg"]))
+
+
+_KINDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "tuple_type": "a list",
+    "too_short": "a list of at least one",
+}
+
+
+def _given(value: Any) -> str:
+    if value is None:
+        return " (given: null)"
+    shown = repr(value) if not isinstance(value, bool) else str(value).lower()
+    return f" (given: {shown if len(shown) <= 60 else shown[:59] + '…'})"
+
+
 def _suggestion(place: list[Any]) -> str:
-    model = next((_MODELS[part] for part in place[:-1] if part in _MODELS), ScanSpec)
-    names = list(model.model_fields)
+    names = list(_model(place[:-1]).model_fields)
     near = difflib.get_close_matches(str(place[-1]), names, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"
+
+
+def _model(place: Sequence[Any]) -> type[BaseModel]:
+    """The settings that a place of the spec holds."""
+    return next((_MODELS[part] for part in reversed(place) if part in _MODELS), ScanSpec)
 
 
 def _absolute(spec: ScanSpec, folder: Path) -> ScanSpec:

@@ -30,9 +30,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import readers
+from pipelines.schema import METADATA_TYPES
 from pipelines.spec import CorpusSource
 from sae_runtime.errors import DataError, InputError, one_line
 
+SPAN_ROWS = 1 << 16  # most rows of a span, however little text they have
 HEAD = 1000  # rows of a file that say which columns it has, and values of a column that say its type
 ENDINGS = {
     "jsonl": ("jsonl", "ndjson", "json"),
@@ -44,16 +46,6 @@ FORMAT_OF = {ending: name for name, endings in ENDINGS.items() for ending in end
 _ETAGS = ("ETag", "etag", "blob_id")
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created", "date_time")
 _INT64 = range(-(1 << 63), 1 << 63)
-_ARROW = {
-    "bool": pa.bool_(),
-    "int64": pa.int64(),
-    "double": pa.float64(),
-    "string": pa.string(),
-    "timestamp": pa.timestamp("us"),
-    "date": pa.date32(),
-    "json": pa.string(),
-    "null": pa.null(),
-}
 
 
 @dataclass(frozen=True)
@@ -202,11 +194,6 @@ def _format(path: str, source: CorpusSource) -> str:
 # --- types of metadata
 
 
-def arrow_type(name: str) -> pa.DataType:
-    """The Arrow type that holds a metadata type. `timestamp` is in microseconds UTC, `json` is text."""
-    return _ARROW[name]
-
-
 def merge_types(types: Iterable[dict[str, str]]) -> dict[str, str]:
     """Column types over files: int64 and double give double, null gives way, other mixtures are json.
 
@@ -312,7 +299,7 @@ class _Cutter:
         if row < self._start or (self.stop is not None and row >= self.stop):
             return
         self._bytes += size
-        if self._bytes >= self.unit_bytes:
+        if self._bytes >= self.unit_bytes or row + 1 - self._start == SPAN_ROWS:
             self._close(row + 1)
 
     def spans(self) -> tuple[Span, ...]:
@@ -449,7 +436,7 @@ def _check_schema(file: SourceFile, source: CorpusSource, schema: pa.Schema) -> 
     allowed: dict[str, tuple[str, ...]] = {"text": ("string", "null"), "id": ("string", "int64", "null")}
     for key, column in _wanted(source):
         name = names[column]
-        if name is None or name not in allowed.get(key, _ARROW):
+        if name is None or name not in allowed.get(key, METADATA_TYPES):
             raise InputError(f"corpus.{key}: column {column!r} of {file.path} is of type "
                              f"{schema.field(column).type}, which cannot be kept as {key}")  # fmt: skip
     return {column: names[column] or "null" for column in source.metadata}

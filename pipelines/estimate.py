@@ -6,6 +6,7 @@ are measured ones (docs/LOG.md has the runs); active features come from each SAE
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from itertools import islice
@@ -16,16 +17,17 @@ from pipelines.planning import Planned, Prepared, sae_bytes
 from pipelines.schema import DATA
 from pipelines.storage import Store
 from pipelines.unit import CHUNK_TOKENS, SEGMENT_ROWS
-from sae_runtime.errors import InputError
+from pipelines.words import human
+from sae_runtime.errors import DataError, InputError
 from sae_runtime.model import load_config, load_tokenizer
 from sae_runtime.sae import SaeInfo
 
 DEFAULT_L0 = 100.0  # where a suite does not say
-BYTES = {  # per row, zstd 3, measured on the demo (docs/LOG.md)
-    "contexts": 2.0,  # per token
-    "activations": 2.6,
-    "document_features": 7.0,
-    "summaries": 14.0,  # features, top_contexts, sampled_contexts: per window entry kept
+BYTES = {  # per row, zstd 3, measured (docs/LOG.md, 2026-11-22)
+    "contexts": 1.5,  # per token
+    "activations": 2.0,
+    "document_features": 6.0,
+    "summaries": 26.0,  # per row of top_contexts and sampled_contexts
 }
 _SAMPLE_TEXTS = 200
 _SAMPLE_BYTES = 1 << 20
@@ -112,7 +114,9 @@ def bytes_per_token(prepared: Prepared, planned: Planned) -> float:
             continue
         source = spec.corpus[file.source].model_copy(update={"metadata": (), "id": None})
         rows = islice(read_documents(file, source, {}, unit.start, unit.stop), _SAMPLE_TEXTS // 8)
-        texts = [document.text[: _SAMPLE_BYTES // _SAMPLE_TEXTS] for document in rows]
+        texts: list[str] = []
+        with contextlib.suppress(DataError):  # a row that cannot be read fails its unit, not the estimate
+            texts.extend(document.text[: _SAMPLE_BYTES // _SAMPLE_TEXTS] for document in rows)
         if texts:
             size += sum(len(text.encode()) for text in texts)
             count += sum(len(ids) for ids in tokenize(tokenizer, texts))
@@ -141,15 +145,6 @@ def worker_memory(prepared: Prepared) -> int:
     return int(saes + chunk + SEGMENT_ROWS * 30 + weights * size + (1 << 30))
 
 
-def human(size: float) -> str:
-    """1.5 GB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError
-
-
 def _token_share(sae: SaeInfo) -> float:
     if isinstance(sae.keep, float):
         return sae.keep
@@ -162,11 +157,18 @@ def _document_rows(sae: SaeInfo, tokens: float) -> float:
 
 
 def _summary_rows(prepared: Prepared, planned: Planned, tokens: int) -> float:
-    units = max(1, len(planned.units))
-    slots = prepared.spec.top_k + 4 * prepared.spec.sample_k
-    per_unit = tokens / units
+    """Rows of partial summaries: each unit keeps its own until compaction merges them.
+
+    A fit to measured indexes: seven tenths of the features fill their top slots (one a document), and
+    contexts spread over some one and a half full strata.
+    """
+    spec, units = prepared.spec, max(1, len(planned.units))
+    documents = sum(unit.stop - unit.start for unit in planned.units) / units
+    contexts = max(documents, tokens / units / prepared.rule.length)
+    slots = 0.7 * min(spec.top_k, documents) + 1.5 * min(spec.sample_k, contexts)
     return sum(
-        units * min(s.width * slots * 6, (s.nominal_l0 or DEFAULT_L0) * per_unit) for s in prepared.saes
+        units * min(sae.width * slots, (sae.nominal_l0 or DEFAULT_L0) * tokens / units)
+        for sae in prepared.saes
     )
 
 

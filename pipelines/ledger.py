@@ -107,8 +107,12 @@ class Ledger:
             data = json.loads(self.store.read(INDEX))
         except FileNotFoundError:
             return None
+        except NotADirectoryError as error:
+            raise InputError(f"index {self.store.uri}: this is a file, not a folder") from error
         except ValueError as error:
             raise InputError(f"{self.store.uri}/{INDEX}: not JSON; is this an index?") from error
+        if not isinstance(data, dict) or "fixed" not in data:
+            raise InputError(f"{self.store.uri}/{INDEX}: not written by corpuscope; is this an index?")
         if data.get("format") != FORMAT:
             raise InputError(
                 f"{self.store.uri}: index format {data.get('format')} is not {FORMAT}; scan into a new index"

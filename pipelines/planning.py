@@ -9,6 +9,7 @@ read again, one that was merely touched is re-read but not re-scanned.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ import torch
 from pipelines.contexts import ContextRule, context_rule
 from pipelines.corpus import FileIndex, SourceFile, index_file, list_files, merge_types
 from pipelines.ledger import FileRecord, Ledger, Plan, Unit, live_units, unit_id
-from pipelines.schema import FORMAT, RESERVED
+from pipelines.schema import FORMAT
 from pipelines.spec import CorpusSource, Sample, ScanSpec
 from pipelines.unit import device_name
 from sae_runtime import suites
@@ -33,7 +34,6 @@ from sae_runtime.sae import SaeInfo
 from sae_runtime.sites import Site
 
 UNIT_BYTES = {"cpu": 1 << 18, "cuda": 1 << 22}  # of text: some 64 thousand and 1 million tokens
-_CODE_VERSION = "0.1.0"
 
 
 @dataclass(frozen=True)
@@ -155,71 +155,90 @@ def plan_units(
     spec = prepared.spec
     files = _unique(list_files(spec.corpus))
     plans = ledger.plans()
-    known = {(f.corpus, f.path): f for f in plans[-1].files} if plans else {}
     live = live_units(plans)
-    covered: dict[tuple[str, str, str, str], int] = {}
-    for unit in live:
-        place = (unit.corpus, unit.path, unit.digest, unit.settings)
-        covered[place] = max(covered.get(place, 0), unit.stop)
-
-    unit_bytes = UNIT_BYTES[torch.device(prepared.device).type]
-    left: dict[int, int | None] = {i: source.limit for i, source in enumerate(spec.corpus)}
-    ordinal = sum(len(plan.units) for plan in plans)
-    records: list[FileRecord] = []
-    new: list[Unit] = []
-    types: list[dict[str, str]] = []
+    layout = _Layout(spec, plans, live, UNIT_BYTES[torch.device(prepared.device).type])
     for file in files:
-        source = spec.corpus[file.source]
-        limit = left[file.source]
-        settings = _settings(source)
-        seen = known.get((file.corpus, file.path))
-        unread = seen is not None and (seen.size, seen.stamp, seen.settings) == (
-            file.size,
-            file.stamp,
-            settings,
-        )
-        done, indexed = 0, None
-        if unread and seen is not None:
-            digest, rows = seen.digest, seen.rows
-            done = covered.get((file.corpus, file.path, digest, settings), 0)
-            if done < _wanted(rows, limit):
-                indexed = index_file(file, source, unit_bytes, done, _wanted(rows, limit) - done)
-        else:
-            indexed = index_file(file, source, unit_bytes, 0, limit)
-            digest, rows = indexed.digest, indexed.rows
-            done = covered.get((file.corpus, file.path, digest, settings), 0)
-            if 0 < done < _wanted(rows, limit):
-                indexed = index_file(file, source, unit_bytes, done, _wanted(rows, limit) - done)
-        if indexed is not None:
-            types.append(indexed.types)
-            for unit in _units(file, indexed, settings, done, ordinal + len(new)):
-                new.append(unit)
-        records.append(
-            FileRecord(file.source, file.corpus, file.path, digest, file.size, file.stamp, rows, settings)
-        )
-        if limit is not None:
-            left[file.source] = max(0, limit - rows)
-
-    current = {(r.corpus, r.path, r.digest, r.settings) for r in records}
-    gone = [u for u in live if (u.corpus, u.path, u.digest, u.settings) not in current]
-    _check_removal(gone, live, {(r.corpus, r.path) for r in records}, allow_removal)
-    metadata = _metadata(ledger, spec.corpus[0].metadata, types)
-    is_new = bool(new or gone or not plans)
+        layout.add(file)
+    current = {(r.corpus, r.path, r.digest, r.settings) for r in layout.records}
+    gone = [unit for unit in live if _place(unit) not in current]
+    _check_removal(gone, live, {(r.corpus, r.path) for r in layout.records}, allow_removal)
+    metadata = _metadata(ledger, spec.metadata, layout.types)
+    is_new = bool(layout.units or gone or not plans)
     plan = Plan(
         run=len(plans) + 1,
         started=time.time(),
         spec=spec_text,
-        code=_CODE_VERSION,
+        code=_code_version(),
         device=device_name(prepared.device),
         environment=environment(),
-        files=tuple(records),
-        units=tuple(new),
+        files=tuple(layout.records),
+        units=tuple(layout.units),
         dropped=tuple(unit.unit for unit in gone),
     )
-    dropped = set(plan.dropped)
-    units = sorted([u for u in live if u.unit not in dropped] + new, key=lambda u: u.ordinal)
+    left = [unit for unit in live if unit not in gone]
+    units = sorted(left + layout.units, key=lambda unit: unit.ordinal)
     by_place = {(file.corpus, file.path): file for file in files}
     return Planned(plan if is_new else plans[-1], is_new, tuple(units), by_place), metadata
+
+
+class _Layout:
+    """Goes through the corpus's files in order and lays out units for the rows that have none yet."""
+
+    def __init__(self, spec: ScanSpec, plans: Sequence[Plan], live: Sequence[Unit], unit_bytes: int) -> None:
+        self.spec, self.unit_bytes = spec, unit_bytes
+        self.known = {(f.corpus, f.path): f for f in plans[-1].files} if plans else {}
+        self.covered: dict[tuple[str, str, str, str], int] = {}  # rows of a file that have units
+        for unit in live:
+            self.covered[_place(unit)] = max(self.covered.get(_place(unit), 0), unit.stop)
+        # A file that comes back finds its old units, ordinals and commits again.
+        self.former = {unit.unit: unit for plan in plans for unit in plan.units}
+        self.ordinal = 1 + max((unit.ordinal for unit in self.former.values()), default=-1)
+        self.left = {i: source.limit for i, source in enumerate(spec.corpus)}
+        self.records: list[FileRecord] = []
+        self.units: list[Unit] = []
+        self.types: list[dict[str, str]] = []
+
+    def add(self, file: SourceFile) -> None:
+        """Record the next file, reading it unless its size and stamp are known."""
+        source = self.spec.corpus[file.source]
+        settings, limit = _settings(source), self.left[file.source]
+        seen = self.known.get((file.corpus, file.path))
+        if seen and (seen.size, seen.stamp, seen.settings) == (file.size, file.stamp, settings):
+            digest, rows, indexed = seen.digest, seen.rows, None
+        else:
+            indexed = index_file(file, source, self.unit_bytes, 0, limit)
+            digest, rows = indexed.digest, indexed.rows
+        done = self.covered.get((file.corpus, file.path, digest, settings), 0)
+        wanted = rows if limit is None else min(rows, limit)
+        if done < wanted:
+            # Units that exist keep their cuts; rows that a larger `limit` adds are cut from there on.
+            if indexed is None or done:
+                indexed = index_file(file, source, self.unit_bytes, done, wanted - done)
+            self._lay(file, indexed, settings)
+        if indexed is not None:
+            self.types.append(indexed.types)
+        self.records.append(
+            FileRecord(file.source, file.corpus, file.path, digest, file.size, file.stamp, rows, settings)
+        )
+        if limit is not None:
+            self.left[file.source] = max(0, limit - rows)
+
+    def _lay(self, file: SourceFile, indexed: FileIndex, settings: str) -> None:
+        for span in indexed.spans:
+            place = file.corpus, file.path, indexed.digest, settings
+            unit = Unit(
+                unit=unit_id(*place, span.start, span.stop),
+                ordinal=self.ordinal,
+                corpus=file.corpus,
+                path=file.path,
+                digest=indexed.digest,
+                settings=settings,
+                start=span.start,
+                stop=span.stop,
+                bytes=span.bytes,
+            )
+            self.units.append(self.former.get(unit.unit, unit))
+            self.ordinal += unit.unit not in self.former
 
 
 def plan_groups(saes: Sequence[SaeInfo], budget: int) -> list[list[str]]:
@@ -258,6 +277,13 @@ def environment() -> dict[str, str]:
     }
 
 
+def _code_version() -> str:
+    try:
+        return importlib.metadata.version("corpuscope")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "checkout"
+
+
 def _sae_record(sae: SaeInfo, prepared: Prepared) -> dict[str, Any]:
     record = asdict(sae)
     del record["site"], record["path"]
@@ -287,25 +313,8 @@ def _settings(source: CorpusSource) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def _wanted(rows: int, limit: int | None) -> int:
-    return rows if limit is None else min(rows, limit)
-
-
-def _units(file: SourceFile, indexed: FileIndex, settings: str, done: int, ordinal: int) -> list[Unit]:
-    return [
-        Unit(
-            unit=unit_id(file.corpus, file.path, indexed.digest, settings, span.start, span.stop),
-            ordinal=ordinal + i,
-            corpus=file.corpus,
-            path=file.path,
-            digest=indexed.digest,
-            settings=settings,
-            start=span.start,
-            stop=span.stop,
-            bytes=span.bytes,
-        )
-        for i, span in enumerate(span for span in indexed.spans if span.start >= done)
-    ]
+def _place(unit: Unit) -> tuple[str, str, str, str]:
+    return unit.corpus, unit.path, unit.digest, unit.settings
 
 
 def _check_removal(
@@ -323,11 +332,7 @@ def _check_removal(
 
 def _metadata(ledger: Ledger, columns: Sequence[str], types: list[dict[str, str]]) -> dict[str, str]:
     """Types of the metadata columns: frozen by the first scan, else merged over the files."""
-    clash = [c for c in columns if c in RESERVED]
-    if clash:
-        raise InputError(f"corpus.metadata: {clash[0]!r} is a column of documents already; rename it")
     have = ledger.identity()
-    if have is not None:
-        return dict(have["fixed"]["metadata"])
+    frozen = have["fixed"]["metadata"] if have else {}
     merged = merge_types(types)
-    return {column: merged.get(column, "string") for column in columns}
+    return {column: frozen.get(column) or merged.get(column, "string") for column in columns}

@@ -216,7 +216,10 @@ class _Session:
     def _device(self) -> str:
         device = self.spec.model.device
         if device == "cuda" and self.options.address is None and not torch.cuda.is_available():
-            raise InputError("model.device: cuda is asked for, but torch sees no GPU here")
+            raise InputError(
+                "model.device: cuda is asked for, but torch sees no GPU here; use auto or cpu, "
+                "or --address of a cluster that has GPUs"
+            )
         if device != "auto":
             return device
         if self.options.executor == "ray" and self.options.address is not None:

@@ -102,7 +102,23 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 KINDS = ("documents", *SCHEMAS)
 
+# Types of metadata columns, frozen by the first scan. `json` is JSON text, timestamps are UTC.
+METADATA_TYPES = {
+    "bool": pa.bool_(),
+    "int64": pa.int64(),
+    "double": pa.float64(),
+    "string": pa.string(),
+    "timestamp": pa.timestamp("us"),
+    "date": pa.date32(),
+    "json": pa.string(),
+    "null": pa.null(),
+}
 RESERVED = ("document", "id", "corpus", "source", "row", "run", "n_tokens", "length")
+
+
+def metadata_type(name: str) -> pa.DataType:
+    """The Arrow type that holds a metadata type."""
+    return METADATA_TYPES[name]
 
 
 def documents_schema(metadata: dict[str, pa.DataType]) -> pa.Schema:

@@ -9,10 +9,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+
+from pipelines.schema import RESERVED
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Count = Annotated[int, Field(strict=True, gt=0)]
+Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
 FORMATS = ("jsonl", "parquet", "arrow", "text")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
 
@@ -26,6 +38,14 @@ def _listed(value: Any) -> Any:
     if value is None:
         return value
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _supported(value: Any) -> Any:
+    """Refuse what the contract has and this version has not, in words of its own."""
+    name = next(iter(value), None) if isinstance(value, dict) else value
+    if name in ("template", "roles", "norm_above"):
+        raise ValueError(f"`{name}` is not supported yet; `special` and `first` are")
+    return value
 
 
 def _bytes(value: Any) -> Any:
@@ -52,7 +72,19 @@ class CorpusSource(_Frozen):
     id: Text | None = None
     metadata: tuple[Text, ...] = ()
     limit: Count | None = None
-    sample: Annotated[float, Field(gt=0, le=1)] | None = None
+    sample: Fraction | None = None
+
+    @field_validator("metadata")
+    @classmethod
+    def _new_columns(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """SQL does not tell upper from lower case, so neither may two columns."""
+        taken = set(RESERVED)
+        for name in names:
+            if name.lower() in taken:
+                what = "is a column of documents already" if name.lower() in RESERVED else "is listed twice"
+                raise ValueError(f"{name!r} {what} (SQL ignores case); leave it out or rename the column")
+            taken.add(name.lower())
+        return names
 
     @model_validator(mode="before")
     @classmethod
@@ -75,7 +107,7 @@ class ModelSettings(_Frozen):
 class Sample(_Frozen):
     """Keep token rows of this fraction of the documents, by hash."""
 
-    sample: Annotated[float, Field(gt=0, le=1)]
+    sample: Fraction
 
 
 class SaeEntry(_Frozen):
@@ -93,8 +125,11 @@ class ContextSettings(_Frozen):
 
     length: Annotated[int, Field(strict=True, ge=2, le=1 << 17)] = 1024
     overlap: Annotated[int, Field(strict=True, ge=0)] = 0
-    bos: Literal["auto"] | bool = "auto"
-    exclude: tuple[Literal["special", "first"], ...] = ("special", "first")
+    bos: Literal["auto"] | StrictBool = "auto"
+    exclude: tuple[Annotated[Literal["special", "first"], BeforeValidator(_supported)], ...] = (
+        "special",
+        "first",
+    )
 
     @model_validator(mode="after")
     def _room(self) -> ContextSettings:
@@ -117,8 +152,16 @@ class ScanSpec(_Frozen):
     schedule: Text | None = None
 
     @model_validator(mode="after")
-    def _same_metadata(self) -> ScanSpec:
-        for source in self.corpus[1:]:
-            if source.metadata != self.corpus[0].metadata:
-                raise ValueError("every source must list the same `metadata` columns")
+    def _one_spelling(self) -> ScanSpec:
+        spelt = {name.lower(): name for name in self.metadata}
+        for name in self.metadata:
+            if spelt[name.lower()] != name:
+                raise ValueError(
+                    f"metadata: {name!r} and {spelt[name.lower()]!r} are one name to SQL; rename one"
+                )
         return self
+
+    @property
+    def metadata(self) -> tuple[str, ...]:
+        """Metadata columns of all sources, each once; a source without one has nulls there."""
+        return tuple(dict.fromkeys(column for source in self.corpus for column in source.metadata))

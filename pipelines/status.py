@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from pipelines.heartbeat import running
 from pipelines.ledger import Ledger, live_units
@@ -41,7 +42,7 @@ def status(uri: str) -> Status:
     ledger = Ledger(store)
     identity = ledger.identity()
     if identity is None:
-        raise InputError(f"{uri}: no index here (no index.json); `corpuscope scan` makes one")
+        raise InputError(f"index {uri}: nothing here (no index.json); `corpuscope scan` makes an index")
     commits = ledger.commits()
     plans = ledger.plans()
     units = live_units(plans)
@@ -49,7 +50,7 @@ def status(uri: str) -> Status:
     done = {unit.unit for unit in units if all((unit.unit, group) in commits for group in range(groups))}
     open_units = {unit.unit for unit in units} - done
     failures = sorted(ledger.failures(), key=lambda f: -f["time"])
-    errors = {f["unit"]: f"{f['source']}: {f['error']}" for f in reversed(failures) if f["unit"] in open_units}
+    errors = {f["unit"]: _placed(f) for f in reversed(failures) if f["unit"] in open_units}
     note = running(store)
     flying = {unit for unit in note["units"] if unit in open_units} if note else set()
     mine = [commit for (unit, _), commit in commits.items() if unit in done]
@@ -72,3 +73,9 @@ def status(uri: str) -> Status:
         last_commit=time.time() - max(c.finished for c in mine) if mine else None,
         errors=tuple(dict.fromkeys(errors[unit] for unit in errors if unit in failed)),
     )
+
+
+def _placed(failure: dict[str, Any]) -> str:
+    """A failure's error with the file it is about, named once."""
+    error, source = str(failure["error"]), str(failure["source"])
+    return error if error.startswith(source) else f"{source}: {error}"

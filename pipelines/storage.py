@@ -69,7 +69,7 @@ class Store:
         try:
             self.fs, root = fsspec.core.url_to_fs(uri)
         except (ValueError, ImportError) as error:
-            raise InputError(f"{uri}: {one_line(error)}") from error
+            raise InputError(f"index {uri}: {one_line(error)}") from error
         self.uri = uri
         self.root = cast(str, root).rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
@@ -91,7 +91,7 @@ class Store:
         self.fs.invalidate_cache()
         return bool(self.fs.exists(self.path(name)))
 
-    def list(self, folder: str) -> list[str]:
+    def entries(self, folder: str) -> list[str]:
         """Names of the objects under `folder` (relative to it), sorted; empty if there is none."""
         self.fs.invalidate_cache()
         base = self.path(folder)
@@ -182,4 +182,4 @@ def _sync_folder(folder: str) -> None:
 
 def names(store: Store, folder: str, suffix: str) -> Iterator[str]:
     """Objects of `folder` that end with `suffix`, without it."""
-    return (name[: -len(suffix)] for name in store.list(folder) if name.endswith(suffix))
+    return (name[: -len(suffix)] for name in store.entries(folder) if name.endswith(suffix))

@@ -71,7 +71,7 @@ class _Document:
     local: int
     row: int
     id: str | None
-    metadata: tuple[Any, ...]
+    metadata: dict[str, Any]
     ids: np.ndarray
 
 
@@ -104,7 +104,7 @@ class Scanner:
 
         Raises DataError for documents or activations that cannot be processed.
         """
-        self._load(work.group)
+        self.load(work.group)
         started = time.time()
         attempt = uuid.uuid4().hex[:8]
         writer = UnitWriter(self.store, work.unit.unit, work.group, attempt, self.setup.metadata)
@@ -133,7 +133,8 @@ class Scanner:
         Ledger(self.store).commit(commit)
         return commit
 
-    def _load(self, group: int) -> None:
+    def load(self, group: int) -> None:
+        """Have the model and the SAEs of a group ready."""
         if self.group == group:
             return
         self.infos = self.setup.groups[group]
@@ -189,7 +190,8 @@ class _UnitScan:
         while batch := list(islice(rows, _TOKENIZE)):
             for read, ids in zip(batch, tokenize(self.s.tokenizer, [d.text for d in batch]), strict=True):
                 ids = strip_bos(ids, self.s.rule)
-                document = _Document(self.documents, read.row, read.id, read.metadata, ids)
+                metadata = dict(zip(self.source.metadata, read.metadata, strict=True))
+                document = _Document(self.documents, read.row, read.id, metadata, ids)
                 windows = contexts(ids, self.s.rule)
                 self._enter(document, windows)
                 for window in windows:
@@ -199,6 +201,7 @@ class _UnitScan:
     def _enter(self, document: _Document, windows: list[Context]) -> None:
         counted = int(sum(window.counted.sum() for window in windows))
         unit = self.work.unit
+        own = (document.metadata.get(column) for column in self.s.setup.metadata)
         self.document_columns.append(
             (
                 key(unit.ordinal, document.local),
@@ -209,8 +212,8 @@ class _UnitScan:
                 self.work.run,
                 counted,
                 len(document.ids),
-                *document.metadata,
-            )  # fmt: skip
+                *own,
+            )
         )
         self.sampled.enter(document.row)
         self.documents += 1
@@ -218,14 +221,16 @@ class _UnitScan:
         self.counted += counted
         if max(self.documents, self.contexts) >= LOCAL_MAX:
             raise DataError(
-                f"{unit.path} rows {unit.start} to {unit.stop}: more than {LOCAL_MAX:,} contexts in one unit; "
-                "split the longest documents or raise context.length"
+                f"{unit.path} rows {unit.start} to {unit.stop}: more than {LOCAL_MAX:,} contexts in one "
+                "unit; split the longest documents or raise context.length"
             )
 
     def _chunk(self, part: list[_Placed], before: int, after: int, batch_tokens: int) -> None:
         chunk = _chunk_tables(part, before, after, self.work.unit)
         activations = self._activations(part, chunk, batch_tokens)
-        sample = torch.arange(-self.encoded % SAMPLE_EVERY, len(chunk.context), SAMPLE_EVERY)
+        counted = len(chunk.context)
+        first = min(-self.encoded % SAMPLE_EVERY, counted)  # a short chunk may have none
+        sample = torch.arange(first, counted, SAMPLE_EVERY)
         for site, x in activations.items():
             self.moments[site].add(x[sample])
         keys = chunk.context.astype(np.int64) * self.s.rule.length + chunk.position
@@ -279,8 +284,8 @@ class _UnitScan:
         token = int(torch.nonzero(~torch.isfinite(x).all(dim=1))[0])
         document = part[int(chunk.context[token]) - chunk.first].document
         raise DataError(
-            f"{self.work.unit.path} row {document.row}: activations at {self.s.model.taps[site].path} are not "
-            f"finite in {self.s.setup.spec.model.dtype}; try `dtype: bfloat16` or `float32`"
+            f"{self.work.unit.path} row {document.row}: activations at {self.s.model.taps[site].path} "
+            f"are not finite in {self.s.setup.spec.model.dtype}; try `dtype: bfloat16` or `float32`"
         )
 
     def _write_contexts(self, part: list[_Placed]) -> None:

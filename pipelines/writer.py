@@ -14,9 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.corpus import arrow_type
 from pipelines.ledger import DataFileRecord
-from pipelines.schema import DATA, SCHEMAS, documents_schema
+from pipelines.schema import DATA, SCHEMAS, documents_schema, metadata_type
 from pipelines.storage import DataFile, Store
 
 ROWS_PER_GROUP = 1 << 18
@@ -30,7 +29,7 @@ class UnitWriter:
     def __init__(self, store: Store, unit: str, group: int, attempt: str, metadata: dict[str, str]) -> None:
         self._store = store
         self._name = f"{unit}.{group}-{attempt}.parquet"
-        columns = {name: arrow_type(kind) for name, kind in metadata.items()}
+        columns = {name: metadata_type(kind) for name, kind in metadata.items()}
         self._schemas = {**SCHEMAS, "documents": documents_schema(columns)}
         self._open: dict[str, tuple[DataFile, pq.ParquetWriter]] = {}
         self._rows: dict[str, int] = {}

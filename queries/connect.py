@@ -3,41 +3,68 @@
 Invariant: a connection sees the units that were wholly committed when it was opened, and no others;
 files are named one by one, never by a glob. The connection is in memory and reads the index only.
 Measured (design note, local and warm): a point query over 1,000 files takes 0.3 s, most of it opening
-them; compaction is what keeps that flat.
+them; compaction is what will keep that flat.
 """
 
 from __future__ import annotations
 
+import datetime
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import pyarrow as pa
 
 from pipelines.ledger import Commit, Ledger, Plan, in_corpus_order
-from pipelines.schema import KINDS, LOCAL_MAX, SCHEMAS, VOCABULARY, documents_schema
+from pipelines.schema import KINDS, LOCAL_MAX, SCHEMAS, VOCABULARY, documents_schema, metadata_type
 from pipelines.storage import Store
+from queries.relations import name, parquet, table, text, texts
 from sae_runtime.errors import InputError
 
 _HERE = Path(__file__).parent
-_SQL_TYPES = {
-    "bool": "BOOLEAN",
-    "int32": "INTEGER",
-    "int64": "BIGINT",
-    "uint8": "UTINYINT",
-    "uint64": "UBIGINT",
-    "float": "FLOAT",
-    "double": "DOUBLE",
-    "string": "VARCHAR",
-    "binary": "BLOB",
+_SAE_COLUMNS = {
+    "sae": "VARCHAR",
+    "suite": "VARCHAR",
+    "model": "VARCHAR",
+    "site": "VARCHAR",
+    "layer": "INTEGER",
+    "architecture": "VARCHAR",
+    "d_in": "INTEGER",
+    "width": "INTEGER",
+    "nominal_l0": "DOUBLE",
+    "keep": "VARCHAR",
+    "activation_convention": "VARCHAR",
+    "trained_on": "VARCHAR",
+    "neuronpedia": "VARCHAR",
+    "fingerprint": "VARCHAR",
+    "uri": "VARCHAR",
 }
-_METADATA_TYPES = {
-    "bool": pa.bool_(),
-    "int64": pa.int64(),
-    "double": pa.float64(),
+_RUN_COLUMNS = {
+    "run": "INTEGER",
+    "spec": "VARCHAR",
+    "model_fingerprint": "VARCHAR",
+    "sae_fingerprints": "VARCHAR[]",
+    "code": "VARCHAR",
+    "device": "VARCHAR",
+    "started": "TIMESTAMP",
+    "finished": "TIMESTAMP",
+    "documents": "BIGINT",
+    "tokens": "BIGINT",
+    "tokens_per_second": "DOUBLE",
 }
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What an index holds at one moment."""
+
+    identity: dict[str, Any]
+    plans: tuple[Plan, ...]
+    commits: tuple[Commit, ...]  # all of them, dropped units' too
+    shown: tuple[Commit, ...]  # of live units with every group committed, by ordinal and group
+    order: dict[int, int]  # ordinal -> place in the corpus
 
 
 def connect(uri: str) -> duckdb.DuckDBPyConnection:
@@ -54,6 +81,13 @@ def connect(uri: str) -> duckdb.DuckDBPyConnection:
 
 def script(store: Store) -> list[str]:
     """The statements that make the macros and views, file lists filled in: they run in any DuckDB."""
+    values = _values(store, snapshot(store))
+    files = [(_HERE / file).read_text() for file in ("helpers.sql", "views.sql", "macros.sql")]
+    return [_fill(statement, values) for file in files for statement in _statements(file)]
+
+
+def snapshot(store: Store) -> Snapshot:
+    """Read plans and commits. Raises InputError where there is no index."""
     ledger = Ledger(store)
     identity = ledger.identity()
     if identity is None:
@@ -61,173 +95,21 @@ def script(store: Store) -> list[str]:
     # Commits before plans: a unit that is seen committed is then always in a plan that is seen.
     commits = ledger.commits()
     plans = ledger.plans()
-    groups = len(identity["groups"])
-    order = {unit.ordinal: place for place, unit in enumerate(in_corpus_order(plans))}
-    visible = {
-        unit.ordinal: unit
-        for unit in in_corpus_order(plans)
-        if all((unit.unit, group) in commits for group in range(groups))
-    }
-    shown = [c for c in commits.values() if c.ordinal in visible and visible[c.ordinal].unit == c.unit]
-    metadata = identity["fixed"]["metadata"]
-    fixed = identity["fixed"]
-    values = {
-        "units": _values(
-            [(c.ordinal, c.run, order[c.ordinal]) for c in shown if c.group == 0], "NULL::BIGINT, NULL::INTEGER, 0"
-        ),
-        "declared_saes": _declared(identity),
-        "runs": _runs(plans, commits.values(), groups, identity),
-        "vocabulary": f"read_parquet([{_text(store.url(VOCABULARY))}])",
-        "metadata": "".join(f", {_name(column)}" for column in metadata),
-        "length": str(fixed["context.length"]),
-        "local_max": str(LOCAL_MAX),
-        "top_k": str(fixed["top_k"]),
-        "sample_k": str(fixed["sample_k"]),
-        "not_kept_tokens": _list(s["id"] for s in identity["saes"] if s["keep"] != "tokens"),
-        "not_kept_documents": _list(s["id"] for s in identity["saes"] if s["keep"] == "none"),
-    }
-    schemas = {**SCHEMAS, "documents": _documents(metadata)}
-    for kind in KINDS:
-        files = [store.url(c.files[kind].path) for c in _ordered(shown) if kind in c.files]
-        values[kind] = _relation(files, schemas[kind])
-    text = (_HERE / "views.sql").read_text() 
-    # Views may use macros only once these exist, and some macros read views.
-    macros = _statements((_HERE / "macros.sql").read_text())
-    first = [m for m in macros if re.match(r"CREATE MACRO (_fixed|_bin_value)\b", m)]
-    rest = [m for m in macros if m not in first]
-    return [*first, *(_fill(statement, values) for statement in _statements(text)), *rest]
-
-
-def _ordered(commits: Iterable[Commit]) -> list[Commit]:
-    return sorted(commits, key=lambda c: (c.ordinal, c.group))
-
-
-def _statements(text: str) -> list[str]:
-    """SQL statements of a file, comments left out."""
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("--")]
-    return [part.strip() for part in "\n".join(lines).split(";\n") if part.strip(" \n;")]
-
-
-def _fill(statement: str, values: dict[str, str]) -> str:
-    return re.sub(r"\$(\w+)", lambda match: values[match[1]], statement).rstrip(";")
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
-
-
-def _name(value: str) -> str:
-    return '"' + value.replace('"', '""') + '"'
-
-
-def _list(values: Iterable[str]) -> str:
-    return f"[{', '.join(_text(v) for v in values)}]::VARCHAR[]"
-
-
-def _literal(value: Any) -> str:
-    if value is None:
-        return "NULL"
-    return _text(value) if isinstance(value, str) else repr(value)
-
-
-def _values(rows: Sequence[Sequence[Any]], empty: str) -> str:
-    if not rows:
-        return f"(SELECT {empty} WHERE false)"
-    return f"(VALUES {', '.join('(' + ', '.join(map(_literal, row)) + ')' for row in rows)})"
-
-
-def _typed(rows: Sequence[Sequence[Any]], columns: dict[str, str]) -> str:
-    """A relation of literals with named, typed columns."""
-    names = ", ".join(f"c{i}" for i in range(len(columns)))
-    casts = ", ".join(f"c{i}::{kind} AS {name}" for i, (name, kind) in enumerate(columns.items()))
-    empty = ", ".join("NULL" for _ in columns)
-    return f"(SELECT {casts} FROM {_values(rows, empty)} AS rows({names}))"
-
-
-def _relation(files: list[str], schema: pa.Schema) -> str:
-    if files:
-        return f"read_parquet([{', '.join(map(_text, files))}])"
-    columns = ", ".join(f"NULL::{_sql_type(field.type)} AS {_name(field.name)}" for field in schema)
-    return f"(SELECT {columns} WHERE false)"
-
-
-def _sql_type(kind: pa.DataType) -> str:
-    if pa.types.is_list(kind):
-        return _sql_type(kind.value_type) + "[]"
-    if pa.types.is_dictionary(kind):
-        return _sql_type(kind.value_type)
-    return _SQL_TYPES.get(str(kind), "VARCHAR")
-
-
-def _documents(metadata: dict[str, str]) -> pa.Schema:
-    return documents_schema({name: _METADATA_TYPES.get(kind, pa.string()) for name, kind in metadata.items()})
-
-
-def _declared(identity: dict[str, Any]) -> str:
-    columns = {
-        "sae": "VARCHAR",
-        "suite": "VARCHAR",
-        "model": "VARCHAR",
-        "site": "VARCHAR",
-        "layer": "INTEGER",
-        "architecture": "VARCHAR",
-        "d_in": "INTEGER",
-        "width": "INTEGER",
-        "nominal_l0": "DOUBLE",
-        "keep": "VARCHAR",
-        "activation_convention": "VARCHAR",
-        "trained_on": "VARCHAR",
-        "neuronpedia": "VARCHAR",
-        "fingerprint": "VARCHAR",
-        "uri": "VARCHAR",
-    }
-    rows = [
-        (
-            s["id"], s["suite"], identity["model"], s["site"], s["layer"], s["architecture"], s["d_in"],
-            s["width"], s["nominal_l0"], s["keep"], s["convention"], s["trained_on"], None,
-            s["fingerprint"], s["uri"],
-        )  # fmt: skip
-        for s in identity["saes"]
+    units = in_corpus_order(plans)
+    groups = range(len(identity["groups"]))
+    shown = [
+        commits[unit.unit, group]
+        for unit in units
+        if all((unit.unit, g) in commits for g in groups)
+        for group in groups
     ]
-    return _typed(rows, columns)
-
-
-def _runs(plans: Sequence[Plan], commits: Iterable[Commit], groups: int, identity: dict[str, Any]) -> str:
-    columns = {
-        "run": "INTEGER",
-        "spec": "VARCHAR",
-        "model_fingerprint": "VARCHAR",
-        "sae_fingerprints": "VARCHAR[]",
-        "code": "VARCHAR",
-        "device": "VARCHAR",
-        "started": "TIMESTAMP",
-        "finished": "TIMESTAMP",
-        "documents": "BIGINT",
-        "tokens": "BIGINT",
-        "tokens_per_second": "DOUBLE",
-    }
-    prints = [s["fingerprint"] for s in identity["saes"]]
-    of_run: dict[int, list[Commit]] = {}
-    for commit in commits:
-        of_run.setdefault(commit.run, []).append(commit)
-    dropped = {unit for plan in plans for unit in plan.dropped}
-    rows = []
-    for plan in plans:
-        done = of_run.get(plan.run, [])
-        first = [c for c in done if c.group == 0]
-        have = {(c.unit, c.group) for c in done}
-        wanted = {(u.unit, g) for u in plan.units if u.unit not in dropped for g in range(groups)}
-        finished = max((c.finished for c in done), default=plan.started) if wanted <= have else None
-        tokens = sum(c.tokens for c in first)
-        busy = busy_seconds(done)
-        rows.append(
-            (
-                plan.run, plan.spec, identity["fixed"]["model"], str(prints), plan.code, plan.device,
-                _time(plan.started), _time(finished), sum(c.documents for c in first), tokens,
-                tokens / busy if busy else None,
-            )  # fmt: skip
-        )
-    return _typed(rows, columns)
+    return Snapshot(
+        identity=identity,
+        plans=tuple(plans),
+        commits=tuple(commits.values()),
+        shown=tuple(sorted(shown, key=lambda c: (c.ordinal, c.group))),
+        order={unit.ordinal: place for place, unit in enumerate(units)},
+    )
 
 
 def busy_seconds(commits: Iterable[Commit]) -> float:
@@ -239,9 +121,78 @@ def busy_seconds(commits: Iterable[Commit]) -> float:
     return total
 
 
-def _time(seconds: float | None) -> str | None:
-    import datetime
+def _values(store: Store, found: Snapshot) -> dict[str, str]:
+    """What the `$names` of the .sql files stand for."""
+    fixed, saes = found.identity["fixed"], found.identity["saes"]
+    metadata = fixed["metadata"]
+    schemas = {
+        **SCHEMAS,
+        "documents": documents_schema({column: metadata_type(kind) for column, kind in metadata.items()}),
+    }
+    relations = {
+        kind: parquet([store.url(c.files[kind].path) for c in found.shown if kind in c.files], schemas[kind])
+        for kind in KINDS
+    }
+    units = [(c.ordinal, c.run, found.order[c.ordinal]) for c in found.shown if c.group == 0]
+    return relations | {
+        "units": table(units, {"ordinal": "BIGINT", "run": "INTEGER", "corpus_order": "BIGINT"}),
+        "declared_saes": table([_sae_row(sae, found.identity) for sae in saes], _SAE_COLUMNS),
+        "runs": table(_run_rows(found), _RUN_COLUMNS),
+        "vocabulary": f"read_parquet([{text(store.url(VOCABULARY))}])",
+        "metadata": "".join(f", {name(column)}" for column in metadata),
+        "length": str(fixed["context.length"]),
+        "local_max": str(LOCAL_MAX),
+        "top_k": str(fixed["top_k"]),
+        "sample_k": str(fixed["sample_k"]),
+        "not_kept_tokens": texts(sae["id"] for sae in saes if sae["keep"] != "tokens"),
+        "not_kept_documents": texts(sae["id"] for sae in saes if sae["keep"] == "none"),
+    }
 
-    if seconds is None:
-        return None
+
+def _sae_row(sae: dict[str, Any], identity: dict[str, Any]) -> list[Any]:
+    record = sae | {"sae": sae["id"], "model": identity["model"], "activation_convention": sae["convention"]}
+    return [record.get(column) for column in _SAE_COLUMNS]
+
+
+def _run_rows(found: Snapshot) -> list[list[Any]]:
+    prints = [sae["fingerprint"] for sae in found.identity["saes"]]
+    groups = range(len(found.identity["groups"]))
+    dropped = {unit for plan in found.plans for unit in plan.dropped}
+    committed = {(commit.unit, commit.group) for commit in found.commits}
+    rows = []
+    for plan in found.plans:
+        done = [commit for commit in found.commits if commit.run == plan.run]
+        first = [commit for commit in done if commit.group == 0]
+        wanted = {(u.unit, g) for u in plan.units if u.unit not in dropped for g in groups}
+        complete = wanted <= committed
+        tokens, busy = sum(commit.tokens for commit in first), busy_seconds(done)
+        values = {
+            "run": plan.run,
+            "spec": plan.spec,
+            "model_fingerprint": found.identity["fixed"]["model"],
+            "sae_fingerprints": prints,
+            "code": plan.code,
+            "device": plan.device,
+            "started": _time(plan.started),
+            "finished": _time(max((c.finished for c in done), default=plan.started)) if complete else None,
+            "documents": sum(commit.documents for commit in first),
+            "tokens": tokens,
+            "tokens_per_second": tokens / busy if busy else None,
+        }
+        rows.append([values[column] for column in _RUN_COLUMNS])
+    return rows
+
+
+def _time(seconds: float) -> str:
+    """UTC, as a TIMESTAMP literal has it."""
     return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+def _statements(source: str) -> list[str]:
+    """SQL statements of a file, without comments."""
+    lines = [line for line in source.splitlines() if not line.lstrip().startswith("--")]
+    return [part.strip(" \n;") for part in "\n".join(lines).split(";\n") if part.strip(" \n;")]
+
+
+def _fill(statement: str, values: dict[str, str]) -> str:
+    return re.sub(r"\$(\w+)", lambda match: values[match[1]], statement)

@@ -5,9 +5,15 @@ Invariant: answers come from the views alone, so what a command prints a person 
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from sae_runtime.errors import InputError, one_line
 
@@ -16,101 +22,195 @@ FEATURE_COLUMNS = (
     "p50", "p90", "p99",
 )  # fmt: skip
 _NEAR = 24  # tokens shown on either side of a maximum
+_EXAMPLE = (5, 10)  # tokens before and after it in a table
+_FETCH = 10_000  # rows fetched from DuckDB at a time
 
 
-def rows(result: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
-    """A result as dicts, in order."""
-    names = [column[0] for column in result.description or ()]
-    return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+CONTEXT_COLUMNS = (
+    "rank", "activation", "id", "corpus", "source", "row", "context", "position", "text", "pieces",
+)  # fmt: skip
+_READING = "only reading is allowed here (SELECT, FROM, DESCRIBE, …)"
+_EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?(\(\s*(FORMAT|ANALYZE)\b[^)]*\)\s*)?", re.IGNORECASE)
+
+
+def column_names(result: duckdb.DuckDBPyConnection) -> list[str]:
+    """A result's columns; a name that occurs again gets a number, as in `a`, `a_1`."""
+    names: list[str] = []
+    for column, *_ in result.description or ():
+        name, number = column, 0
+        while name in names:
+            number += 1
+            name = f"{column}_{number}"
+        names.append(name)
+    return names
+
+
+def rows(result: duckdb.DuckDBPyConnection) -> Iterator[dict[str, Any]]:
+    """A result's rows as dicts, in order, fetched as they are asked for."""
+    names = column_names(result)
+    with _one_line_errors("sql"):
+        while batch := result.fetchmany(_FETCH):
+            for row in batch:
+                yield dict(zip(names, row, strict=True))
+
+
+def arrow_table(result: duckdb.DuckDBPyConnection) -> pa.Table:
+    """A whole result with its types."""
+    names = column_names(result)
+    with _one_line_errors("sql"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a relation would save a copy, but it runs the statement lazily
+        table: pa.Table = result.to_arrow_table()
+        return table.rename_columns(names)
 
 
 def select(con: duckdb.DuckDBPyConnection, statement: str) -> duckdb.DuckDBPyConnection:
     """Run one read-only statement. Raises InputError (one line) for anything else or for SQL errors."""
-    try:
+    with _one_line_errors("sql"):
         found = duckdb.extract_statements(statement)
-    except duckdb.Error as error:
-        raise InputError(f"sql: {one_line(error)}") from error
-    if len(found) != 1:
-        raise InputError(f"sql: one statement is wanted, {len(found)} were given")
-    if found[0].type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
-        kind = str(found[0].type).rsplit(".", 1)[-1]
-        raise InputError(f"sql: only reading is allowed here (SELECT, FROM, DESCRIBE, …), not {kind}")
-    try:
+        if len(found) != 1:
+            raise InputError(f"sql: one statement is wanted, {len(found)} were given")
+        _check_reading(found[0])
         return con.execute(found[0])
+
+
+def _check_reading(statement: duckdb.Statement) -> None:
+    """InputError unless the statement, or the one that it explains, only reads.
+
+    `EXPLAIN ANALYZE` runs what it explains, so a COPY would write.
+    """
+    kind = statement.type
+    if kind == duckdb.StatementType.EXPLAIN:
+        explained = duckdb.extract_statements(_EXPLAIN.sub("", statement.query.strip(), count=1))
+        if len(explained) == 1 and explained[0].type == duckdb.StatementType.SELECT:
+            return
+        raise InputError(f"sql: {_READING}; EXPLAIN takes one such statement, without comments before it")
+    if kind == duckdb.StatementType.MULTI:
+        raise InputError("sql: PIVOT needs its columns by name here: PIVOT … ON column IN (value, …) USING …")
+    if kind != duckdb.StatementType.SELECT:
+        raise InputError(f"sql: {_READING}, not {str(kind).rsplit('.', 1)[-1]}")
+
+
+@contextlib.contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+    """DuckDB's errors as InputErrors of one line, with the names it suggests."""
+    try:
+        yield
     except duckdb.Error as error:
-        raise InputError(f"sql: {one_line(error)}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        hints = [line for line in lines[1:] if line.startswith(("Candidate bindings", "Did you mean"))]
+        raise InputError(" ".join([f"{what}: {one_line(error)}", *hints[:1]])) from error
 
 
 def resolve_sae(con: duckdb.DuckDBPyConnection, name: str) -> str:
     """The id of the SAE that `name` names: its id, its Neuronpedia id or an unambiguous ending of its id."""
-    found = rows(
-        con.execute(
-            "SELECT sae FROM saes WHERE sae = $1 OR neuronpedia = $1 OR ends_with(sae, '/' || $1) ORDER BY sae",
-            [name],
-        )
-    ) or rows(con.execute("SELECT sae FROM saes WHERE ends_with(sae, $1) ORDER BY sae", [name]))
-    exact = [row["sae"] for row in found if row["sae"] == name]
-    if len(found) == 1 or exact:
-        return str(exact[0] if exact else found[0]["sae"])
+    # `_declared_saes` is what `saes` shows of them without the statistics, which cost a scan.
+    known = _ask(con, "SELECT sae, neuronpedia FROM _declared_saes ORDER BY sae")
+    ids = [row["sae"] for row in known]
+    if name in ids:
+        return name
+    found = [row["sae"] for row in known if name and row["neuronpedia"] == name]
+    found = found or [sae for sae in ids if sae.endswith(f"/{name}")]
+    found = found or [sae for sae in ids if name and sae.endswith(name)]
+    if len(found) == 1:
+        return str(found[0])
     if found:
-        some = ", ".join(row["sae"] for row in found[:4])
-        raise InputError(f"sae: {name!r} is the ending of {len(found)} ids ({some}); give more of it")
-    some = ", ".join(row["sae"] for row in rows(con.execute("SELECT sae FROM saes ORDER BY sae LIMIT 4")))
-    raise InputError(f"sae: {name!r} names no SAE of this index; there are {some}, …")
+        raise InputError(f"sae: {name!r} is the ending of {len(found)} ids ({_some(found)}); give more of it")
+    near = difflib.get_close_matches(name, ids, n=3, cutoff=0.8)
+    raise InputError(f"sae: {name!r} names no SAE of this index; there are {_some(near or ids)}")
 
 
-def feature_table(
-    con: duckdb.DuckDBPyConnection, sae: str, sort: str, limit: int
-) -> list[dict[str, Any]]:
-    """Statistics of an SAE's features, highest `sort` first. InputError for an unknown column."""
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+
+
+def _ask(con: duckdb.DuckDBPyConnection, statement: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """The rows of one of our own statements. InputError where the index's files cannot be read."""
+    with _one_line_errors("index"):
+        return list(rows(con.execute(statement, list(values))))
+
+
+def feature_table(con: duckdb.DuckDBPyConnection, sae: str, sort: str, limit: int) -> list[dict[str, Any]]:
+    """Statistics of an SAE's features, highest `sort` first, and `example`: the text at the maximum.
+
+    InputError for an unknown column.
+    """
     column = sort.removeprefix("-")
     if column not in FEATURE_COLUMNS:
         raise InputError(f"--sort: no column {column!r}; there are {', '.join(FEATURE_COLUMNS)}")
     ascending = sort.startswith("-") or column == "feature"
     direction = "ASC" if ascending else "DESC"
-    return rows(
-        con.execute(
-            f"SELECT {', '.join(FEATURE_COLUMNS)} FROM features WHERE sae = $1 "
-            f"ORDER BY {column} {direction} NULLS LAST, feature LIMIT $2",
-            [sae, limit],
-        )
+    found = _ask(
+        con,
+        f"SELECT {', '.join(FEATURE_COLUMNS)} FROM features WHERE sae = $1 "
+        f"ORDER BY {column} {direction} NULLS LAST, feature LIMIT $2",
+        [sae, limit],
     )
+    examples = _examples(con, sae, [row["feature"] for row in found if row["n_tokens"]])
+    return [{**row, "example": examples.get(row["feature"])} for row in found]
+
+
+def _examples(con: duckdb.DuckDBPyConnection, sae: str, features: list[int]) -> dict[int, str]:
+    """The tokens around each feature's highest activation, which stands in brackets."""
+    if not features:
+        return {}
+    contexts = _ask(
+        con,
+        """
+        SELECT t.feature, t.position, greatest(t.position - $3, 0) AS first,
+            c.tokens[greatest(t.position - $3, 0) + 1 : t.position + $4 + 1] AS tokens
+        FROM top_contexts AS t JOIN contexts AS c ON c.context = t.context
+        WHERE t.sae = $1 AND t.rank = 1 AND list_contains($2, t.feature)
+        """,
+        [sae, features, *_EXAMPLE],
+    )
+    spelling = _spelling(con, contexts)
+    return {row["feature"]: _marked(row, spelling) for row in contexts}
+
+
+def _marked(context: dict[str, Any], spelling: dict[int, bytes]) -> str:
+    at = context["position"] - context["first"]
+    tokens = [spelling[token] for token in context["tokens"]]
+    values = [float(i == at) for i in range(len(tokens))]
+    return "".join(f"[{text}]" if value else text for text, value in join_pieces(tokens, values))
 
 
 def feature(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> dict[str, Any]:
-    """One feature: its statistics, and `contexts`, its k highest with tokens and values around the maximum."""
-    width = rows(con.execute("SELECT width FROM saes WHERE sae = $1", [sae]))[0]["width"]
+    """One feature: its statistics, and `contexts`: its k highest, with tokens around the maximum."""
+    width = _ask(con, "SELECT width FROM _declared_saes WHERE sae = $1", [sae])[0]["width"]
     if not 0 <= number < width:
         raise InputError(f"feature: {sae} has features 0 to {width - 1}, not {number}")
     columns = ", ".join((*FEATURE_COLUMNS, "histogram"))
-    found = rows(
-        con.execute(f"SELECT sae, {columns} FROM features WHERE sae = $1 AND feature = $2", [sae, number])
-    )[0]
-    found["contexts"] = rows(
-        con.execute(
-            """
-            SELECT t.rank, t.activation, d.id, d.corpus, d.source, d.row, t.context, t.position,
-                t.positions, t.values,
-                greatest(t.position - $4, 0) AS first,
-                c.tokens[greatest(t.position - $4, 0) + 1 : t.position + $4 + 1] AS tokens
-            FROM top_contexts AS t
-            JOIN contexts AS c ON c.context = t.context
-            JOIN documents AS d ON d.document = c.document
-            WHERE t.sae = $1 AND t.feature = $2 AND t.rank <= $3
-            ORDER BY t.rank
-            """,
-            [sae, number, k, _NEAR],
-        )
+    found = _ask(con, f"SELECT sae, {columns} FROM features WHERE sae = $1 AND feature = $2", [sae, number])[
+        0
+    ]
+    found["contexts"] = _ask(
+        con,
+        """
+        SELECT t.rank, t.activation, d.id, d.corpus, d.source, d.row, t.context, t.position,
+            t.positions, t.values,
+            greatest(t.position - $4, 0) AS first,
+            c.tokens[greatest(t.position - $4, 0) + 1 : t.position + $4 + 1] AS tokens
+        FROM top_contexts AS t
+        JOIN contexts AS c ON c.context = t.context
+        JOIN documents AS d ON d.document = c.document
+        WHERE t.sae = $1 AND t.feature = $2 AND t.rank <= $3
+        ORDER BY t.rank
+        """,
+        [sae, number, k, _NEAR],
     )
     _spell(con, found["contexts"])
     return found
 
 
+def _spelling(con: duckdb.DuckDBPyConnection, contexts: Sequence[dict[str, Any]]) -> dict[int, bytes]:
+    wanted = sorted({token for context in contexts for token in context["tokens"]})
+    found = _ask(con, "SELECT token, bytes FROM vocabulary WHERE list_contains($1, token)", [wanted])
+    return {row["token"]: row["bytes"] for row in found}
+
+
 def _spell(con: duckdb.DuckDBPyConnection, contexts: list[dict[str, Any]]) -> None:
     """Replace token ids by [text, activation] pieces; multi-byte characters are joined truthfully."""
-    wanted = sorted({token for context in contexts for token in context["tokens"]})
-    found = con.execute("SELECT token, bytes FROM vocabulary WHERE list_contains($1, token)", [wanted])
-    spelling = dict(found.fetchall())
+    spelling = _spelling(con, contexts)
     for context in contexts:
         first = context.pop("first")
         active = dict(zip(context.pop("positions"), context.pop("values"), strict=True))

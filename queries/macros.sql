@@ -1,17 +1,4 @@
--- Macros. Those that begin with an underscore serve the views.
-
--- The double nearest to (high * 2^64 + low) / 2^bits: through text, because text to double rounds once.
-CREATE MACRO _fixed(high, low, bits) AS
-    (high::HUGEINT * 18446744073709551616::HUGEINT + low::HUGEINT)::VARCHAR::DOUBLE / pow(2, bits);
-
--- The 193 inner edges of the histogram's 194 bins: 8 an octave from 2^-10 to 2^14.
-CREATE MACRO histogram_edges() AS list_transform(range(193), lambda i: pow(2, -10 + i / 8));
-
--- A bin's geometric middle, never above the maximum; the open bins give their edge.
-CREATE MACRO _bin_value(bin, highest) AS least(
-    highest::DOUBLE,
-    CASE WHEN bin = 0 THEN pow(2, -10) WHEN bin = 193 THEN highest::DOUBLE ELSE pow(2, -10 + (bin - 0.5) / 8) END
-);
+-- Macros over the views; made after them.
 
 -- Bytes given in hexadecimal as text; what is not UTF-8 (characters cut at an edge) becomes U+FFFD.
 CREATE MACRO _decoded(hexed) AS decode(unhex(array_to_string(list_transform(

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _LOWEST, _PER_OCTAVE = -10, 8
+_WIDEST = 56  # characters of a histogram
+_SIGNS = {"\n": "↵", "\t": "→", "\r": "␍"}
 
 
 def feature_view(found: dict[str, Any], color: bool) -> RenderableType:
@@ -23,26 +25,15 @@ def feature_view(found: dict[str, Any], color: bool) -> RenderableType:
     if not found["n_tokens"]:
         parts.append(Text("dead: never active on a counted token of this corpus"))
         return Group(*parts)
-    parts.append(Text(_statistics(found)))
-    parts.extend(_histogram(found["histogram"]))
-    parts.append(Text())
-    highest = max(context["activation"] for context in found["contexts"])
-    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
-    for column in ("right", "right", "left", "left"):
-        table.add_column(justify=column, no_wrap=column == "right")  # type: ignore[arg-type]
+    parts += [Text(_statistics(found)), _histogram(found["histogram"])]
+    highest = max((context["activation"] for context in found["contexts"]), default=1.0)
     for context in found["contexts"]:
-        where = context["id"] or f"{context['source']}:{context['row']}"
-        table.add_row(
-            Text(str(context["rank"]), style="dim"),
-            Text(f"{context['activation']:.4g}"),
-            Text(_short(where), style="cyan"),
-            shaded(context["pieces"], highest, color),
-        )
-    return Group(*parts, table)
+        parts += [Text(), _heading(context), Padding(shaded(context["pieces"], highest, color), (0, 0, 0, 4))]
+    return Group(*parts)
 
 
 def shaded(pieces: Sequence[Sequence[Any]], highest: float, color: bool) -> Text:
-    """Tokens with their activation as shade (colour) or in brackets, the strongest doubled."""
+    """Tokens with their activation as shade, or in brackets: doubled from half of the highest on."""
     text = Text()
     for piece, value in pieces:
         shown = visible(piece)
@@ -58,41 +49,45 @@ def shaded(pieces: Sequence[Sequence[Any]], highest: float, color: bool) -> Text
 
 def visible(piece: str) -> str:
     """Newlines, tabs and other control characters as signs, so that a context stays one paragraph."""
-    signs = {"\n": "↵", "\t": "→", "\r": "␍"}
-    return "".join(signs.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in piece)
+    return "".join(_SIGNS.get(c, c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in piece)
+
+
+def _heading(context: dict[str, Any]) -> Text:
+    where = f"{context['source']} row {context['row']}"
+    if context["id"] is not None:
+        where = f"{context['id']}  ({where})"
+    return Text.assemble(
+        (f"{context['rank']:>2}  ", "dim"), (f"{context['activation']:.4g}", "bold"), (f"  {where}", "cyan")
+    )
 
 
 def _shade(share: float) -> Style:
     """Orange from pale to full on black or white alike: background with dark text."""
-    share = min(1.0, max(0.15, share))
-    red, green, blue = 255, int(235 - 120 * share), int(200 - 180 * share)
-    return Style(color="black", bgcolor=f"rgb({red},{green},{blue})", bold=share > 0.6)
+    share = min(1.0, max(0.0, share))
+    red, green, blue = 255, int(240 - 130 * share), int(205 - 190 * share)
+    return Style(color="rgb(0,0,0)", bgcolor=f"rgb({red},{green},{blue})", bold=share > 0.6)
 
 
 def _statistics(found: dict[str, Any]) -> str:
     return (
         f"active on {found['n_tokens']:,} tokens (density {found['density']:.3g}), "
-        f"{found['n_contexts']:,} contexts, {found['n_documents']:,} documents\n"
+        f"in {found['n_contexts']:,} contexts of {found['n_documents']:,} documents\n"
         f"when active: mean {found['mean_active']:.4g}  std {found['std_active']:.3g}  "
         f"p50 {found['p50']:.4g}  p90 {found['p90']:.4g}  p99 {found['p99']:.4g}  max {found['max']:.4g}"
     )
 
 
-def _histogram(counts: Sequence[int]) -> list[Text]:
-    """One character a bin over the range that occurs, log-spaced as the bins are."""
+def _histogram(counts: Sequence[int]) -> Text:
+    """One character a bin over the range that occurs, log-spaced as the bins are; wide ranges are thinned."""
     filled = [i for i, n in enumerate(counts) if n]
     first, last = filled[0], filled[-1]
-    top = max(counts)
-    bars = "".join(
-        _BARS[max(1, round(n / top * (len(_BARS) - 1)))] if n else " " for n in counts[first : last + 1]
-    )
+    step = -(-(last + 1 - first) // _WIDEST)
+    shown = [sum(counts[i : min(i + step, last + 1)]) for i in range(first, last + 1, step)]
+    top = max(shown)
+    bars = "".join(_BARS[max(1, round(n / top * (len(_BARS) - 1)))] if n else " " for n in shown)
     left, right = f"{_edge(first - 1):.3g} ", f" {_edge(last):.3g}"
-    return [Text.assemble((left, "dim"), (bars, "dark_orange"), (right, "dim"))]
+    return Text.assemble((left, "dim"), (bars, "dark_orange"), (right, "dim"), ("  (log scale)", "dim"))
 
 
 def _edge(index: int) -> float:
     return float(2.0 ** (_LOWEST + max(index, 0) / _PER_OCTAVE))
-
-
-def _short(where: str, limit: int = 28) -> str:
-    return where if len(where) <= limit else "…" + where[-(limit - 1) :]

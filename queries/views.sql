@@ -26,7 +26,7 @@ CREATE VIEW contexts AS SELECT context, document, start, first, tokens, counted 
 CREATE VIEW activations AS
 SELECT sae, feature, token // $length AS context, (token % $length)::INTEGER AS position, activation
 FROM $activations
-WHERE sae NOT IN $not_kept_tokens
+WHERE NOT list_contains($not_kept_tokens, sae)
 UNION ALL
 SELECT sae, NULL, NULL, NULL, NULL FROM (SELECT unnest($not_kept_tokens) AS sae)
 WHERE error('activations of ' || sae || ' were not all kept (`keep` of the spec); `saes` shows each keep, '
@@ -126,7 +126,9 @@ SELECT
     m.n_documents,
     m.n_tokens / nullif(c.n, 0) AS density,
     m.total / nullif(m.n_tokens, 0) AS mean_active,
-    sqrt(greatest(m.squares / nullif(m.n_tokens, 0) - pow(m.total / nullif(m.n_tokens, 0), 2), 0)) AS std_active,
+    CASE WHEN m.n_tokens > 0 THEN
+        sqrt(greatest(m.squares / m.n_tokens - pow(m.total / m.n_tokens, 2), 0))
+    END AS std_active,
     m.max,
     _bin_value(h.bin50, m.max) AS p50,
     _bin_value(h.bin90, m.max) AS p90,

@@ -47,10 +47,10 @@ def round_code(bits: np.uint32) -> np.uint16:
 @numba.njit(cache=True, inline="always")
 def exponent(code: np.uint16) -> int:
     """floor(log2(value)) of a positive code."""
-    field = np.int64(code >> np.uint16(7))
+    field = int(code >> np.uint16(7))
     if field > 0:
         return field - 127
-    mantissa = np.int64(code)
+    mantissa = int(code)
     result = -134
     while mantissa > 0:
         mantissa >>= 1
@@ -75,7 +75,7 @@ def shifted(mantissa: np.uint64, shift: int) -> tuple[np.int64, np.uint64]:
 @numba.njit(cache=True, inline="always")
 def parts(code: np.uint16) -> tuple[np.uint64, int]:
     """(mantissa, power): the value is mantissa * 2^power."""
-    field = np.int64(code >> np.uint16(7))
+    field = int(code >> np.uint16(7))
     fraction = np.uint64(code & np.uint16(0x7F))
     if field == 0:
         return fraction, -133

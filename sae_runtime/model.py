@@ -56,8 +56,11 @@ def locate(uri: str, revision: str | None = None) -> ModelSource:
         return ModelSource(uri, str(directory), None, directory.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"model.uri: no config.json in directory {uri}")
+            raise InputError(f"model.uri: no config.json in directory {uri}; is it a model's?")
+        _check_weights(path)
         return ModelSource(uri, str(path), None, _digest_dir(path))
+    if path.exists():
+        raise InputError(f"model.uri: {uri} is neither a model's directory nor a .gguf file")
     if uri.startswith(("/", ".", "~")) or uri.count("/") > 1:
         raise InputError(f"model.uri: no such directory: {uri}")
     config = load_config(ModelSource(uri, uri, revision, ""))
@@ -67,12 +70,20 @@ def locate(uri: str, revision: str | None = None) -> ModelSource:
 
 def load_config(source: ModelSource) -> Any:
     """The model's transformers config. Raises InputError when it cannot be read."""
+    from huggingface_hub import logging
     from transformers import AutoConfig
 
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # five lines about retries otherwise, where there is no network
     try:
         return AutoConfig.from_pretrained(source.path, revision=source.revision)
     except (OSError, ValueError) as error:
-        raise InputError(f"model.uri: cannot load {source.uri!r}: {one_line(error)}") from error
+        where = "" if Path(source.path).is_dir() else "no such directory, and no model that the hub gives us"
+        raise InputError(
+            f"model.uri: {source.uri!r}: {where or 'unusable config'}: {one_line(error)}"
+        ) from error
+    finally:
+        logging.set_verbosity(level)
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -201,6 +212,9 @@ def _converted(gguf: Path) -> Path:
     partial = Path(tempfile.mkdtemp(prefix=".gguf-", dir=target.parent))
     try:
         folder, name = str(gguf.parent), gguf.name
+        with gguf.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise ValueError("it does not begin as a GGUF file does")
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=name,
@@ -211,9 +225,26 @@ def _converted(gguf: Path) -> Path:
         AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(partial)
         with contextlib.suppress(OSError):  # another process converted the same file meanwhile
             os.rename(partial, target)
+    except Exception as error:  # its readers have errors of many kinds for a damaged file
+        raise InputError(f"model.uri: cannot read {gguf}: {one_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _check_weights(path: Path) -> None:
+    """InputError unless the directory holds weights and the headers of its safetensors files are whole."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(path.glob("*.safetensors"))
+    if not files and not any(path.glob("*.bin")):
+        raise InputError(f"model.uri: no weights (*.safetensors or *.bin) in directory {path}")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"model.uri: cannot read {file}: {one_line(error)}") from error
 
 
 def _digest_dir(path: Path) -> str:

@@ -19,7 +19,7 @@ from sae_runtime.sites import Site
 class SaeInfo:
     """One SAE of a suite."""
 
-    id: str  # suite name / path inside the suite, e.g. "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
+    id: str  # suite / path, e.g. "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
     suite: str
     path: str  # inside the suite, without file ending
     uri: str  # of the weight file

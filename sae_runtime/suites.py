@@ -99,10 +99,10 @@ def _open_suite(uri: str) -> tuple[Any, str]:
     try:
         fs, root = fsspec.core.url_to_fs(uri)
         there = fs.isdir(root)
-    except (ValueError, ImportError, OSError) as error:
+    except Exception as error:  # each filesystem has errors of its own for networks and credentials
         raise InputError(f"saes.uri: {uri}: {one_line(error)}") from error
     if not there:
-        raise InputError(f"saes.uri: no such suite: {uri}")
+        raise InputError(f"saes.uri: no such directory: {uri}; the URI of a suite, not of a file, is wanted")
     return fs, str(root)
 
 

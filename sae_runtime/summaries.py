@@ -128,10 +128,11 @@ class Summary:
     def empty(cls, sae: str, width: int, top_k: int, sample_k: int) -> Summary:
         """A summary of nothing for the SAE of id `sae`."""
         long, slots = (width,), (width, top_k + 1)
-        integers = [np.zeros(long, np.int64) for _ in range(3)]
         return cls(
             Counts(
-                *integers,
+                np.zeros(long, np.int64),
+                np.zeros(long, np.int64),
+                np.zeros(long, np.int64),
                 np.zeros(long, np.int64),
                 np.zeros(long, np.uint64),
                 np.zeros(long, np.int64),
@@ -232,7 +233,7 @@ def _ending(chunk: Chunk, context: int, position: int) -> tuple[np.uint64, np.ui
 
 @numba.njit(cache=True)
 def _set_slot(
-    top: Top, f: int, j: int, code: int, context: int, position: int, one: np.uint64, two: np.uint64,
+    top: Top, f: int, j: int, code: np.uint16, context: int, position: int, one: np.uint64, two: np.uint64,
     start: int, length: int,
 ) -> None:  # fmt: skip
     top.code[f, j] = code

@@ -32,12 +32,12 @@ from pipelines.corpus import (
     FileIndex,
     SourceFile,
     Span,
-    arrow_type,
     index_file,
     list_files,
     merge_types,
     read_documents,
 )
+from pipelines.schema import metadata_type
 from pipelines.spec import CorpusSource
 from sae_runtime.errors import CorpuscopeError, DataError, InputError
 
@@ -503,7 +503,7 @@ def test_schema_types(tmp_path: Path) -> None:
         }
         types = merge_types([index(wanted).types])
         for column, value in zip(names, document.metadata, strict=True):
-            assert pa.array([value], arrow_type(types[column]))[0].as_py() == value
+            assert pa.array([value], metadata_type(types[column]))[0].as_py() == value
 
 
 def test_schema_types_that_will_not_do(tmp_path: Path) -> None:
@@ -541,7 +541,7 @@ def test_merging_types() -> None:
     ])  # fmt: skip
     assert merged == {"a": "double", "b": "date", "c": "string", "d": "json", "e": "int64"}
     assert merge_types([]) == {}
-    assert [arrow_type(n) for n in ("string", "json", "timestamp")] == [
+    assert [metadata_type(n) for n in ("string", "json", "timestamp")] == [
         pa.string(),
         pa.string(),
         pa.timestamp("us"),

@@ -39,10 +39,12 @@ class InlineExecutor:
 
         self.scanner.progress = progress
         try:
-            observe(Committed(work, self.scanner.scan(work)))
+            commit = self.scanner.scan(work)
         except DataError as error:
             observe(Failed(work, str(error)))
         except InputError:
             raise
         except Exception as error:
             observe(Failed(work, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        else:
+            observe(Committed(work, commit))

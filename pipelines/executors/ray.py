@@ -118,7 +118,7 @@ class RayExecutor:
             max_task_retries=0,
             max_concurrency=2,
         )
-        self._actors = [actor.remote(setup) for _ in range(workers)]
+        self._actors: list[Any] = [actor.remote(setup) for _ in range(workers)]
 
     def run(self, items: Sequence[Work], observe: Observer) -> None:
         queue = deque((work, 1) for work in items)

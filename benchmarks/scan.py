@@ -1,0 +1,105 @@
+"""How far a scan is from its floor, on this machine: both on the same contexts, interleaved, in one run.
+
+The floor is the truncated model's forward pass plus the dense encode products in bfloat16, keeping
+nothing. The scan is the inline executor with `keep: tokens`, statistics, top contexts and samples, files
+written and committed; loading the model is in neither. Medians of `--repeat` rounds.
+
+    python benchmarks/scan.py SPEC.yaml [--repeat 3] [--units 1]
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+
+import click
+import torch
+
+from jobs.specfile import load_spec
+from pipelines.contexts import contexts, strip_bos, tokenize
+from pipelines.corpus import read_documents
+from pipelines.ledger import Ledger
+from pipelines.planning import Planned, Prepared, plan_units, prepare
+from pipelines.storage import Store
+from pipelines.unit import BATCH_TOKENS, Scanner, Setup, Work, batches
+from sae_runtime import suites
+
+
+def floor_batches(scanner: Scanner, prepared: Prepared, planned: Planned, units: int) -> list[torch.Tensor]:
+    """The token batches of the first units, as the scan would shape them within a unit."""
+    found = []
+    for unit in planned.units[:units]:
+        file = planned.files[unit.corpus, unit.path]
+        source = prepared.spec.corpus[file.source]
+        texts = [d.text for d in read_documents(file, source, scanner.setup.metadata, unit.start, unit.stop)]
+        windows = [
+            window.tokens
+            for ids in tokenize(scanner.tokenizer, texts)
+            for window in contexts(strip_bos(ids, scanner.rule), scanner.rule)
+        ]
+        for members in batches([len(w) for w in windows], BATCH_TOKENS[prepared.device]):
+            ids = torch.zeros(len(members), max(len(windows[m]) for m in members), dtype=torch.int64)
+            for row, m in enumerate(members):
+                ids[row, : len(windows[m])] = torch.from_numpy(windows[m])
+            found.append(ids)
+    return found
+
+
+@torch.inference_mode()
+def floor(scanner: Scanner, weights: list[torch.Tensor], work: list[torch.Tensor]) -> None:
+    """One pass over the floor's work."""
+    for ids in work:
+        activations = scanner.model.run(ids)
+        for info, weight in zip(scanner.infos, weights, strict=True):
+            activations[info.site].flatten(0, 1).bfloat16() @ weight
+
+
+@click.command()
+@click.argument("spec")
+@click.option("--repeat", default=3, show_default=True)
+@click.option("--units", default=1, show_default=True, help="Units of the plan that are scanned.")
+def main(spec: str, repeat: int, units: int) -> None:
+    """Print seconds and tokens per second of floor and scan, and their ratio."""
+    with tempfile.TemporaryDirectory() as folder:
+        loaded, text = load_spec(spec, f"{folder}/index")
+        prepared = prepare(loaded, "cpu")
+        planned, metadata = plan_units(prepared, Ledger(Store(loaded.index)), text, allow_removal=False)
+        setup = Setup(loaded, prepared.source, "cpu", (prepared.saes,), metadata, loaded.index)
+        scanner = Scanner(setup)
+        scanner.load(0)
+        weights = [suites.load(info).W_enc.bfloat16() for info in scanner.infos]
+        work = floor_batches(scanner, prepared, planned, units)
+        floor(scanner, weights, work[:1])
+        seconds: dict[str, list[float]] = {"floor": [], "scan": []}
+        tokens = rows = size = 0
+        for turn in range(repeat + 1):
+            began = time.perf_counter()
+            floor(scanner, weights, work)
+            middle = time.perf_counter()
+            setup = replace(setup, index=f"{folder}/{turn}")
+            scanner.setup, scanner.store = setup, Store(setup.index)
+            commits = [
+                scanner.scan(Work(unit, 0, planned.files[unit.corpus, unit.path], 1))
+                for unit in planned.units[:units]
+            ]
+            if turn:  # the first round compiles and warms up
+                seconds["floor"].append(middle - began)
+                seconds["scan"].append(time.perf_counter() - middle)
+            tokens = sum(c.tokens for c in commits)
+            rows = sum(c.files["activations"].rows for c in commits)
+            size = sum(f.bytes for c in commits for f in c.files.values())
+    floor_s, scan_s = (statistics.median(seconds[name]) for name in ("floor", "scan"))
+    click.echo(
+        f"{platform.machine()}, {loaded.model.threads} threads, torch {torch.__version__}: {tokens:,} counted "
+        f"tokens, {len(prepared.saes)} SAEs, L0 {rows / tokens / len(prepared.saes):.0f}, {rows:,} rows\n"
+        f"floor {floor_s:.2f} s ({tokens / floor_s:,.0f} tokens/s)   "
+        f"scan {scan_s:.2f} s ({tokens / scan_s:,.0f} tokens/s)   ratio {scan_s / floor_s:.2f}   "
+        f"{size / rows:.2f} bytes a row, all tables"
+    )
+
+
+if __name__ == "__main__":
+    main()

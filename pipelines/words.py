@@ -1,0 +1,12 @@
+"""Numbers in words, for messages and tables; imports nothing, so that reading commands start fast."""
+
+from __future__ import annotations
+
+
+def human(size: float) -> str:
+    """1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError
