@@ -93,8 +93,9 @@ def main(spec: str, repeat: int, units: int) -> None:
             size = sum(f.bytes for c in commits for f in c.files.values())
     floor_s, scan_s = (statistics.median(seconds[name]) for name in ("floor", "scan"))
     click.echo(
-        f"{platform.machine()}, {loaded.model.threads} threads, torch {torch.__version__}: {tokens:,} counted "
-        f"tokens, {len(prepared.saes)} SAEs, L0 {rows / tokens / len(prepared.saes):.0f}, {rows:,} rows\n"
+        f"{platform.machine()}, {loaded.model.threads} threads, torch {torch.__version__}: "
+        f"{tokens:,} counted tokens, {len(prepared.saes)} SAEs, "
+        f"L0 {rows / tokens / len(prepared.saes):.0f}, {rows:,} rows\n"
         f"floor {floor_s:.2f} s ({tokens / floor_s:,.0f} tokens/s)   "
         f"scan {scan_s:.2f} s ({tokens / scan_s:,.0f} tokens/s)   ratio {scan_s / floor_s:.2f}   "
         f"{size / rows:.2f} bytes a row, all tables"

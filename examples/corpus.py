@@ -52,7 +52,7 @@ def manual() -> list[Document]:
 def stdlib() -> list[Document]:
     """Every module of the standard library, uncut, in order of hash; files left out are printed."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    found, generated = [], 0
     for path in _python_files(root, SKIPPED_FOLDERS):
         name = path.relative_to(root).as_posix()
         try:
@@ -61,11 +61,12 @@ def stdlib() -> list[Document]:
             click.echo(f"left out {name}: not UTF-8 at byte {error.start}", err=True)
             continue
         if GENERATED_BY in text[:400]:
-            click.echo(f"left out {name}: a table written by {GENERATED_BY}", err=True)
+            generated += 1
             continue
         package = name.split("/")[0].removesuffix(".py")
         if text.strip():
             found.append({"id": name, "text": text, "kind": "code", "package": package, "chars": len(text)})
+    click.echo(f"left out {generated} code pages written by {GENERATED_BY}", err=True)
     return sorted(found, key=order)
 
 

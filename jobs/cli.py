@@ -7,7 +7,6 @@ that `--help` and reading commands start fast.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from dataclasses import asdict
@@ -57,15 +56,13 @@ def scan(
 
     if executor == "inline" and (address or (workers or 1) > 1):
         raise InputError("--executor inline: runs in this process alone; drop --address and --workers")
-    _stop_on_sigterm()
+    _stop_on_signals()
     loaded, text = load_spec(spec, index)
     options = ScanOptions(executor, address, workers, allow_removal)
     with ScanProgress() as progress:
         outcome = run_scan(loaded, text, options, progress, message)
     if not outcome.items:
-        message(
-            f"nothing to do: the corpus has not changed and run {outcome.run} is complete in {loaded.index}"
-        )
+        message(f"nothing to scan: every unit of the corpus is committed (run {outcome.run}, {loaded.index})")
         return
     rate = outcome.tokens / outcome.seconds if outcome.seconds else 0.0
     message(
@@ -255,27 +252,29 @@ def _write_parquet(result: Any, output: str) -> None:
 
     table = arrow_table(result)
     try:
-        with fsspec.open(output, "wb") as stream:
+        fs, path = fsspec.core.url_to_fs(output)
+        with fs.open(path, "wb") as stream:
             pq.write_table(table, stream, compression="zstd")
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"-o {output}: cannot be written: {one_line(error)}") from error
     message(f"{count(table.num_rows, 'row')} -> {output}")
 
 
-def _stop_on_sigterm() -> None:
-    """SIGTERM stops a scan as Ctrl-C does; committed units stay."""
+def _stop_on_signals() -> None:
+    """SIGTERM, and a terminal that closes, stop a scan as Ctrl-C does; committed units stay."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, stop)
 
 
 def main() -> None:
     """Entry point of the `corpuscope` command."""
     try:
         code = cli.main(standalone_mode=False)
-        sys.stdout.flush()
     except CorpuscopeError as error:
         message(f"error: {error}")
         code = error.exit_code
@@ -289,9 +288,6 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         message("stopped; run the same command again to go on")
         code = Interrupted.exit_code
-    except BrokenPipeError:  # `| head` has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message(f"error: {where}{error.strerror or one_line(error)}")

@@ -11,12 +11,14 @@ import csv
 import datetime
 import decimal
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import click
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,7 +28,7 @@ TABLE_ROWS = 1000
 _WIDE = 10_000  # columns of a console that is no terminal: lines are left whole
 _CELL = 400  # characters of a table's cell
 _LIST = 8  # items of a list in a table's cell
-_FILLER = ("example",)  # columns that take the width that is left, cut rather than wrapped
+_FILLER = ("example",)  # columns that have the width which the others leave, cut rather than wrapped
 
 format_option = click.option(
     "--format",
@@ -73,7 +75,15 @@ def ago(seconds: float) -> str:
 
 
 def print_rows(rows: Iterable[dict[str, Any]], format_: str, columns: Sequence[str]) -> None:
-    """Print dicts with the keys `columns` in one of FORMATS."""
+    """Print dicts with the keys `columns` in one of FORMATS; a reader who leaves (`| head`) ends it."""
+    try:
+        _print_rows(rows, format_, columns)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
+
+
+def _print_rows(rows: Iterable[dict[str, Any]], format_: str, columns: Sequence[str]) -> None:
     if format_ == "json":
         _print_json(rows)
     elif format_ == "jsonl":
@@ -93,19 +103,20 @@ def print_rows(rows: Iterable[dict[str, Any]], format_: str, columns: Sequence[s
 
 def print_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
     """A table for people: numbers right-aligned and grouped, long lists cut."""
+    out = console()
     table = Table(box=None, header_style="bold", pad_edge=False)
+    cells = {name: [_shown(row[name]) for row in rows] for name in names}
     for name in names:
+        if name in _FILLER:
+            others = (max(map(cell_len, [n, *cells[n]])) + 2 for n in names if n != name)
+            room = max(len(name), out.width - sum(others))
+            cells[name] = [_cut(text, room) for text in cells[name]]
         numeric = any(isinstance(row[name], (int, float, decimal.Decimal)) for row in rows)
-        filler = name in _FILLER
-        table.add_column(
-            escape(name),
-            justify="right" if numeric else "left",
-            overflow="ellipsis" if filler else "fold",
-            no_wrap=filler or numeric,
-        )
-    for row in rows:
-        table.add_row(*(escape(_shown(row[name])) for name in names))
-    console().print(table)
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(escape(name), justify=justify, overflow="fold", no_wrap=numeric)
+    for values in zip(*cells.values(), strict=True):
+        table.add_row(*map(escape, values))
+    out.print(table)
     if not rows:
         message("(no rows)")
 
@@ -168,6 +179,10 @@ def _shown(value: Any) -> str:
         return text
     text = text.replace("\n", "↵")
     return text if len(text) <= _CELL else text[: _CELL - 1] + "…"
+
+
+def _cut(text: str, room: int) -> str:
+    return text if cell_len(text) <= room else set_cell_size(text, room - 1).rstrip() + "…"
 
 
 def _drawn(text: str) -> bool:

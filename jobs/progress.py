@@ -83,7 +83,7 @@ class ScanProgress:
         )
         if self.bar is not None:
             self.bar.start()
-            self.bar.add_task("scan", total=1.0, words="loading the model")
+            self.bar.add_task("scan", total=1.0, words="starting: model, SAEs, first tokens")
         else:
             message("loading the model and the SAEs")
 

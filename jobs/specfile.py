@@ -7,6 +7,7 @@ a path without a scheme is relative to the spec's own folder, never to the curre
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipelines.spec import ContextSettings, CorpusSource, ModelSettings, SaeEntry, Sample, ScanSpec
+from pipelines.spec import (
+    ContextSettings,
+    CorpusSource,
+    ModelSettings,
+    NormAbove,
+    SaeEntry,
+    Sample,
+    ScanSpec,
+)
 from sae_runtime.errors import InputError, one_line
 
 _MODELS: dict[str, type[BaseModel]] = {
@@ -23,6 +32,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "saes": SaeEntry,
     "context": ContextSettings,
     "keep": Sample,
+    "exclude": NormAbove,
 }
 
 
@@ -106,7 +116,7 @@ def _is_tag(part: Any) -> bool:
     return isinstance(part, str) and (part.startswith(("literal[", "function-", "tuple[")) or part in _TAGS)
 
 
-_TAGS = {"bool", "Sample", "str"}
+_TAGS = {"bool", "NormAbove", "Sample", "str"}
 
 
 def _dotted(place: Sequence[Any]) -> str:
@@ -191,4 +201,4 @@ def _is_path(uri: str) -> bool:
 
 
 def _join(folder: Path, uri: str) -> str:
-    return str(folder / Path(uri).expanduser()) if _is_path(uri) else uri
+    return os.path.normpath(folder / Path(uri).expanduser()) if _is_path(uri) else uri

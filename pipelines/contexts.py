@@ -60,8 +60,11 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def strip_bos(ids: np.ndarray, rule: ContextRule) -> np.ndarray:
-    """A document that spells its own BOS gets ours instead: never two."""
-    return ids[1:] if rule.bos is not None and len(ids) and ids[0] == rule.bos else ids
+    """A document that spells BOS at its beginning, once or more, gets ours instead: never two."""
+    own = 0
+    while own < len(ids) and ids[own] == rule.bos:
+        own += 1
+    return ids[own:]
 
 
 def contexts(ids: np.ndarray, rule: ContextRule) -> list[Context]:

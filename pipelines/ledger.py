@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines.schema import COMMITS, FAILURES, FORMAT, INDEX, PLANS
 from pipelines.storage import Store, names
-from sae_runtime.errors import InputError
+from sae_runtime.errors import DataError, InputError
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Ledger:
     def plans(self) -> list[Plan]:
         """All plans, oldest first."""
         items = [f"{PLANS}/{name}.json" for name in names(self.store, PLANS, ".json")]
-        return [_plan(json.loads(data)) for data in self.store.read_many(items)]
+        return [_plan(data) for data in self._objects(items)]
 
     def add_plan(self, plan: Plan) -> bool:
         """Append a plan; False if another scan appended one of the same number first."""
@@ -138,7 +138,7 @@ class Ledger:
     def commits(self) -> dict[tuple[str, int], Commit]:
         """Every commit, by (unit, group)."""
         items = [f"{COMMITS}/{name}.json" for name in names(self.store, COMMITS, ".json")]
-        found = [_commit(json.loads(data)) for data in self.store.read_many(items)]
+        found = [_commit(data) for data in self._objects(items)]
         return {(commit.unit, commit.group): commit for commit in found}
 
     def commit(self, commit: Commit) -> bool:
@@ -152,7 +152,17 @@ class Ledger:
     def failures(self) -> list[dict[str, Any]]:
         """Every recorded failure, with `unit`, `group`, `error` and `time`."""
         items = [f"{FAILURES}/{name}.json" for name in names(self.store, FAILURES, ".json")]
-        return [json.loads(data) for data in self.store.read_many(items)]
+        return self._objects(items)
+
+    def _objects(self, items: list[str]) -> list[dict[str, Any]]:
+        """JSON objects by name. DataError names one that is damaged."""
+        found = []
+        for item, data in zip(items, self.store.read_many(items), strict=True):
+            try:
+                found.append(dict(json.loads(data)))
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{self.store.uri}/{item}: damaged, not a JSON object") from error
+        return found
 
 
 def live_units(plans: Iterable[Plan]) -> list[Unit]:
@@ -180,8 +190,8 @@ def unit_id(corpus: str, path: str, digest: str, settings: str, start: int, stop
 
 
 def dump(value: Any) -> bytes:
-    """Canonical JSON, one key a line so that a person can read and compare it."""
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode()
+    """JSON, one key a line and in the order given, so that a person can read and compare it."""
+    return json.dumps(value, indent=1, ensure_ascii=False).encode()
 
 
 def _plan(data: dict[str, Any]) -> Plan:

@@ -28,7 +28,7 @@ from pipelines.schema import FORMAT
 from pipelines.spec import CorpusSource, Sample, ScanSpec
 from pipelines.unit import device_name
 from sae_runtime import suites
-from sae_runtime.errors import InputError
+from sae_runtime.errors import DataError, InputError
 from sae_runtime.model import ModelSource, load_tokenizer, locate, site_paths
 from sae_runtime.sae import SaeInfo
 from sae_runtime.sites import Site
@@ -110,7 +110,10 @@ def identity(prepared: Prepared, metadata: dict[str, str], groups: Sequence[Sequ
             "context.length": rule.length,
             "context.overlap": rule.overlap,
             "context.bos": rule.bos,
-            "context.exclude": sorted(spec.context.exclude),
+            "context.exclude": sorted(
+                item if isinstance(item, str) else f"norm_above {item.norm_above:g}"
+                for item in spec.context.exclude
+            ),
             "top_k": spec.top_k,
             "sample_k": spec.sample_k,
             "metadata": metadata,
@@ -206,14 +209,14 @@ class _Layout:
         if seen and (seen.size, seen.stamp, seen.settings) == (file.size, file.stamp, settings):
             digest, rows, indexed = seen.digest, seen.rows, None
         else:
-            indexed = index_file(file, source, self.unit_bytes, 0, limit)
+            indexed = _index(file, source, self.unit_bytes, 0, limit)
             digest, rows = indexed.digest, indexed.rows
         done = self.covered.get((file.corpus, file.path, digest, settings), 0)
         wanted = rows if limit is None else min(rows, limit)
         if done < wanted:
             # Units that exist keep their cuts; rows that a larger `limit` adds are cut from there on.
             if indexed is None or done:
-                indexed = index_file(file, source, self.unit_bytes, done, wanted - done)
+                indexed = _index(file, source, self.unit_bytes, done, wanted - done)
             self._lay(file, indexed, settings)
         if indexed is not None:
             self.types.append(indexed.types)
@@ -239,6 +242,16 @@ class _Layout:
             )
             self.units.append(self.former.get(unit.unit, unit))
             self.ordinal += unit.unit not in self.former
+
+
+def _index(
+    file: SourceFile, source: CorpusSource, unit_bytes: int, start: int, rows: int | None
+) -> FileIndex:
+    """`index_file`; a file too damaged to be cut into units is wrong input, found before any write."""
+    try:
+        return index_file(file, source, unit_bytes, start, rows)
+    except DataError as error:
+        raise InputError(f"corpus.uri: {error}; mend the file or leave it out") from error
 
 
 def plan_groups(saes: Sequence[SaeInfo], budget: int) -> list[list[str]]:

@@ -100,8 +100,12 @@ def run_scan(
         if not todo and not planned.is_new:
             return Outcome(planned.plan.run, 0, 0, 0, 0.0, ())
         check_size(prepared, planned, estimate(prepared, planned), spec.index)
+        if todo:
+            session.connect()
         _register(store, ledger, want, planned, prepared)
         _name_changes(planned, notice)
+        if not todo:
+            return Outcome(planned.plan.run, 0, 0, 0, 0.0, ())
         return session.execute(prepared, planned, groups, metadata, todo, observe, ledger)
 
 
@@ -113,7 +117,7 @@ class _Session:
         self.started = False
         # A cluster elsewhere must be asked for its devices; one of our own is started when needed.
         if options.executor == "ray" and options.address is not None:
-            self._connect()
+            self.connect()
         self.device = self._device()
 
     def __enter__(self) -> _Session:
@@ -208,10 +212,12 @@ class _Session:
             tuple(failed),
         )
 
-    def _connect(self) -> None:
-        from pipelines.executors.ray import connect
+    def connect(self) -> None:
+        """Be on a Ray cluster, where the executor needs one: what can fail there fails before any write."""
+        if self.options.executor == "ray" and not self.started:
+            from pipelines.executors.ray import connect
 
-        self.started = connect(self.options.address)
+            self.started = connect(self.options.address)
 
     def _device(self) -> str:
         device = self.spec.model.device
@@ -231,10 +237,8 @@ class _Session:
     def _executor(self, setup: Setup, items: int) -> Executor:
         if self.options.executor == "inline":
             return InlineExecutor(setup)
-        from pipelines.executors.ray import RayExecutor, connect, default_workers
+        from pipelines.executors.ray import RayExecutor, default_workers
 
-        if not self.started:
-            self.started = connect(self.options.address)
         workers = self.options.workers or default_workers(setup.device, setup.spec.model.threads)
         return RayExecutor(setup, min(workers, max(1, items)), self.options.address is None)
 
@@ -272,8 +276,15 @@ def _runs(ledger: Ledger) -> dict[str, int]:
 
 
 def _name_changes(planned: Planned, notice: Notice) -> None:
-    """Say which versions differ from the run that is resumed: values may differ in their last bits."""
+    """Say what leaves the index, and which versions differ from the run that is resumed.
+
+    With other versions values may differ in their last bits.
+    """
+    if not planned.units:
+        notice("note: the corpus has no documents")
     if planned.is_new:
+        if planned.plan.dropped:
+            notice(f"note: {len(planned.plan.dropped):,} units of changed or removed files leave the index")
         return
     now = environment()
     changes = [

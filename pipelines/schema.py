@@ -15,6 +15,8 @@ Every data file is sorted by (sae, feature, ...) within runs of row groups; no r
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pyarrow as pa
 
 FORMAT = 1
@@ -113,7 +115,16 @@ METADATA_TYPES = {
     "json": pa.string(),
     "null": pa.null(),
 }
-RESERVED = ("document", "id", "corpus", "source", "row", "run", "n_tokens", "length")
+_DOCUMENT = [
+    ("document", pa.int64()),
+    ("id", pa.string()),
+    ("corpus", pa.string()),
+    ("source", pa.string()),
+    ("row", pa.int64()),
+    ("run", pa.int32()),
+    ("n_tokens", pa.int32()),  # counted
+    ("_length", pa.int32()),  # all tokens of the document; shows in `segments`
+]
 
 
 def metadata_type(name: str) -> pa.DataType:
@@ -123,17 +134,26 @@ def metadata_type(name: str) -> pa.DataType:
 
 def documents_schema(metadata: dict[str, pa.DataType]) -> pa.Schema:
     """Columns of documents; `metadata` maps names to the types frozen by the first scan."""
-    fields = [
-        ("document", pa.int64()),
-        ("id", pa.string()),
-        ("corpus", pa.string()),
-        ("source", pa.string()),
-        ("row", pa.int64()),
-        ("run", pa.int32()),
-        ("n_tokens", pa.int32()),  # counted
-        ("length", pa.int32()),  # all tokens of the document
-    ]
-    return pa.schema([*fields, *metadata.items()])
+    columns = metadata_columns(metadata)
+    return pa.schema([*_DOCUMENT, *((columns[name], kind) for name, kind in metadata.items())])
+
+
+def metadata_columns(names: Iterable[str]) -> dict[str, str]:
+    """Metadata names -> columns of documents. Its own name each, or `name_1` where that is taken.
+
+    The contract's example has a metadata column `source` beside the file's `source`; SQL does not tell
+    upper from lower case.
+    """
+    taken = {name for name, _ in _DOCUMENT}
+    columns = {}
+    for name in names:
+        number, column = 0, name
+        while column.lower() in taken:
+            number += 1
+            column = f"{name}_{number}"
+        taken.add(column.lower())
+        columns[name] = column
+    return columns
 
 
 def key(ordinal: int, local: int = 0) -> int:

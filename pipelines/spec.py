@@ -20,8 +20,6 @@ from pydantic import (
     model_validator,
 )
 
-from pipelines.schema import RESERVED
-
 Text = Annotated[str, StringConstraints(min_length=1)]
 Count = Annotated[int, Field(strict=True, gt=0)]
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
@@ -43,8 +41,8 @@ def _listed(value: Any) -> Any:
 def _supported(value: Any) -> Any:
     """Refuse what the contract has and this version has not, in words of its own."""
     name = next(iter(value), None) if isinstance(value, dict) else value
-    if name in ("template", "roles", "norm_above"):
-        raise ValueError(f"`{name}` is not supported yet; `special` and `first` are")
+    if name in ("template", "roles"):
+        raise ValueError(f"`{name}` is not supported yet; `special`, `first` and `norm_above` are")
     return value
 
 
@@ -76,14 +74,10 @@ class CorpusSource(_Frozen):
 
     @field_validator("metadata")
     @classmethod
-    def _new_columns(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        """SQL does not tell upper from lower case, so neither may two columns."""
-        taken = set(RESERVED)
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            if name.lower() in taken:
-                what = "is a column of documents already" if name.lower() in RESERVED else "is listed twice"
-                raise ValueError(f"{name!r} {what} (SQL ignores case); leave it out or rename the column")
-            taken.add(name.lower())
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} is listed twice")
         return names
 
     @model_validator(mode="before")
@@ -120,13 +114,19 @@ class SaeEntry(_Frozen):
     keep: Literal["tokens", "documents", "none"] | Sample = "tokens"
 
 
+class NormAbove(_Frozen):
+    """Leave out tokens whose norm at an SAE's site is over this many times the context's median."""
+
+    norm_above: Annotated[float, Field(gt=1)]
+
+
 class ContextSettings(_Frozen):
     """How documents become contexts and which of their tokens are counted."""
 
     length: Annotated[int, Field(strict=True, ge=2, le=1 << 17)] = 1024
     overlap: Annotated[int, Field(strict=True, ge=0)] = 0
     bos: Literal["auto"] | StrictBool = "auto"
-    exclude: tuple[Annotated[Literal["special", "first"], BeforeValidator(_supported)], ...] = (
+    exclude: tuple[Annotated[Literal["special", "first"] | NormAbove, BeforeValidator(_supported)], ...] = (
         "special",
         "first",
     )
@@ -135,7 +135,14 @@ class ContextSettings(_Frozen):
     def _room(self) -> ContextSettings:
         if self.overlap > self.length - 2:
             raise ValueError("overlap must leave room for a BOS and one token of its own")
+        if sum(isinstance(item, NormAbove) for item in self.exclude) > 1:
+            raise ValueError("exclude can hold one norm_above only")
         return self
+
+    @property
+    def norm_above(self) -> float | None:
+        """The multiple of the median norm above which a token is left out, or None."""
+        return next((item.norm_above for item in self.exclude if isinstance(item, NormAbove)), None)
 
 
 class ScanSpec(_Frozen):

@@ -227,17 +227,15 @@ class _UnitScan:
 
     def _chunk(self, part: list[_Placed], before: int, after: int, batch_tokens: int) -> None:
         chunk = _chunk_tables(part, before, after, self.work.unit)
-        activations = self._activations(part, chunk, batch_tokens)
-        counted = len(chunk.context)
-        first = min(-self.encoded % SAMPLE_EVERY, counted)  # a short chunk may have none
-        sample = torch.arange(first, counted, SAMPLE_EVERY)
-        for site, x in activations.items():
-            self.moments[site].add(x[sample])
+        captured = self._captured(part, chunk, batch_tokens)
+        samples = {}
+        for site, at in captured.items():
+            samples[site] = at.x[np.flatnonzero((at.token + self.encoded) % SAMPLE_EVERY == 0)]
+            self.moments[site].add(samples[site], len(at.x))
         keys = chunk.context.astype(np.int64) * self.s.rule.length + chunk.position
         for i, (info, encoder) in enumerate(zip(self.s.infos, self.s.encoders, strict=True)):
-            x = activations[info.site]
-            sparse = encoder.encode(x)
-            self.errors[i] += encoder.squared_error(x[sample])
+            sparse = captured[info.site].in_chunk(encoder.encode(captured[info.site].x))
+            self.errors[i] += encoder.squared_error(samples[info.site])
             self.document_rows[i].append(self.summaries[i].update(sparse, chunk))
             kept = self.sampled.keep(i, sparse, chunk)
             if kept is not None:
@@ -251,8 +249,8 @@ class _UnitScan:
         if self.segment_rows >= SEGMENT_ROWS:
             self._flush()
 
-    def _activations(self, part: list[_Placed], chunk: Chunk, budget: int) -> dict[Site, torch.Tensor]:
-        """Activations of the chunk's counted tokens, [tokens, d] per site in the model's dtype."""
+    def _captured(self, part: list[_Placed], chunk: Chunk, budget: int) -> dict[Site, _Captured]:
+        """Activations of the chunk's counted tokens at every site, less what `norm_above` leaves out."""
         model = self.s.model
         dtype = next(model.module.parameters()).dtype
         total = len(chunk.context)
@@ -260,25 +258,36 @@ class _UnitScan:
             site: torch.empty(total, tap.width, dtype=dtype, device=model.device)
             for site, tap in model.taps.items()
         }
+        limit = self.s.setup.spec.context.norm_above
+        loud = {site: torch.zeros(total, dtype=torch.bool, device=model.device) for site in found}
         starts = np.searchsorted(chunk.context, np.arange(len(part) + 1) + chunk.first)
         for members in batches([len(p.context.tokens) for p in part], budget):
             length = max(len(part[m].context.tokens) for m in members)
             ids = np.zeros((len(members), length), np.int64)
             counted = np.zeros((len(members), length), bool)
+            real = np.zeros((len(members), length), bool)
             for row, m in enumerate(members):
                 context = part[m].context
                 ids[row, : len(context.tokens)] = context.tokens
                 counted[row, : len(context.tokens)] = context.counted
+                real[row, : len(context.tokens)] = True
             target = torch.from_numpy(
                 np.concatenate([np.arange(starts[m], starts[m + 1]) for m in members])
             ).to(model.device)
             mask = torch.from_numpy(counted).to(model.device)
             for site, x in model.run(torch.from_numpy(ids)).items():
                 found[site][target] = x[mask]
+                if limit is not None:
+                    loud[site][target] = norm_above(x, torch.from_numpy(real).to(x.device), limit)[mask]
         for site, x in found.items():
             if not torch.isfinite(x).all():
                 self._not_finite(site, x, part, chunk)
-        return found
+        if limit is None:
+            return {site: _Captured(x, np.arange(total)) for site, x in found.items()}
+        return {
+            site: _Captured(x[~loud[site]], np.flatnonzero(~loud[site].cpu().numpy()))
+            for site, x in found.items()
+        }
 
     def _not_finite(self, site: Site, x: torch.Tensor, part: list[_Placed], chunk: Chunk) -> None:
         token = int(torch.nonzero(~torch.isfinite(x).all(dim=1))[0])
@@ -360,7 +369,7 @@ class _UnitScan:
                 {
                     "sae": [info.id],
                     "unit": [self.work.unit.ordinal],
-                    "n_tokens": [self.counted],
+                    "n_tokens": [moments.counted],
                     "n_active": [int(self.summaries[i].counts.tokens.sum())],
                     "sample_tokens": [moments.tokens],
                     "sample_sum": [moments.sum.tolist()],
@@ -482,16 +491,40 @@ def _window_columns(arena: Any, start: np.ndarray, length: np.ndarray) -> dict[s
     }
 
 
+@dataclass(frozen=True)
+class _Captured:
+    """Activations of a site over a chunk. `token` numbers the chunk's counted tokens."""
+
+    x: torch.Tensor  # [tokens, d], the model's dtype
+    token: np.ndarray  # int64 [tokens], ascending
+
+    def in_chunk(self, sparse: Sparse) -> Sparse:
+        """Rows that number the tokens of `x`, renumbered as the chunk's counted tokens."""
+        return Sparse(sparse.indptr, self.token[sparse.token].astype(np.int32), sparse.code)
+
+
+def norm_above(x: torch.Tensor, real: torch.Tensor, limit: float) -> torch.Tensor:
+    """Which tokens of `x` [contexts, length, d] have over `limit` times their context's median norm.
+
+    `real` [contexts, length] is false on padding. The median is over all tokens that were run.
+    """
+    norms = x.float().norm(dim=-1).masked_fill(~real, float("nan"))
+    return norms > limit * norms.nanquantile(0.5, dim=1, keepdim=True)
+
+
 class _Moments:
-    """Sums over the sampled activations of a site, float64."""
+    """Counted tokens of a site, and sums over the sampled ones among them, float64."""
 
     def __init__(self, width: int) -> None:
+        self.counted = 0
         self.tokens = 0
         self.sum = np.zeros(width)
         self.squares = 0.0
 
-    def add(self, x: torch.Tensor) -> None:
-        sample = x.double().cpu()
+    def add(self, sample: torch.Tensor, counted: int) -> None:
+        """Take in a chunk: its sampled activations [tokens, d] and how many tokens are counted."""
+        self.counted += counted
+        sample = sample.double().cpu()
         self.tokens += len(sample)
         self.sum += sample.sum(dim=0).numpy()
         self.squares += float(sample.square().sum())

@@ -18,10 +18,18 @@ from typing import Any
 import duckdb
 
 from pipelines.ledger import Commit, Ledger, Plan, in_corpus_order
-from pipelines.schema import KINDS, LOCAL_MAX, SCHEMAS, VOCABULARY, documents_schema, metadata_type
+from pipelines.schema import (
+    KINDS,
+    LOCAL_MAX,
+    SCHEMAS,
+    VOCABULARY,
+    documents_schema,
+    metadata_columns,
+    metadata_type,
+)
 from pipelines.storage import Store
 from queries.relations import name, parquet, table, text, texts
-from sae_runtime.errors import InputError
+from sae_runtime.errors import DataError, InputError, one_line
 
 _HERE = Path(__file__).parent
 _SAE_COLUMNS = {
@@ -68,14 +76,20 @@ class Snapshot:
 
 
 def connect(uri: str) -> duckdb.DuckDBPyConnection:
-    """A DuckDB connection with the index's views and macros. Raises InputError if there is no index."""
+    """A DuckDB connection with the index's views and macros. Raises InputError if there is no index.
+
+    DataError names a file that is gone.
+    """
     store = Store(uri)
     statements = script(store)
     con = duckdb.connect(":memory:", config={"autoinstall_known_extensions": False})
     if not store.local:
         con.register_filesystem(store.fs)
-    for statement in statements:
-        con.execute(statement)
+    try:
+        for statement in statements:
+            con.execute(statement)
+    except duckdb.Error as error:
+        raise DataError(f"index {uri}: damaged: {one_line(error)}") from error
     return con
 
 
@@ -139,7 +153,7 @@ def _values(store: Store, found: Snapshot) -> dict[str, str]:
         "declared_saes": table([_sae_row(sae, found.identity) for sae in saes], _SAE_COLUMNS),
         "runs": table(_run_rows(found), _RUN_COLUMNS),
         "vocabulary": f"read_parquet([{text(store.url(VOCABULARY))}])",
-        "metadata": "".join(f", {name(column)}" for column in metadata),
+        "metadata": "".join(f", {name(column)}" for column in metadata_columns(metadata).values()),
         "length": str(fixed["context.length"]),
         "local_max": str(LOCAL_MAX),
         "top_k": str(fixed["top_k"]),

@@ -15,7 +15,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from sae_runtime.errors import InputError, one_line
+from sae_runtime.errors import DataError, InputError, one_line
 
 FEATURE_COLUMNS = (
     "feature", "n_tokens", "n_contexts", "n_documents", "density", "mean_active", "std_active", "max",
@@ -48,7 +48,7 @@ def column_names(result: duckdb.DuckDBPyConnection) -> list[str]:
 def rows(result: duckdb.DuckDBPyConnection) -> Iterator[dict[str, Any]]:
     """A result's rows as dicts, in order, fetched as they are asked for."""
     names = column_names(result)
-    with _one_line_errors("sql"):
+    with _sql_errors():
         while batch := result.fetchmany(_FETCH):
             for row in batch:
                 yield dict(zip(names, row, strict=True))
@@ -57,7 +57,7 @@ def rows(result: duckdb.DuckDBPyConnection) -> Iterator[dict[str, Any]]:
 def arrow_table(result: duckdb.DuckDBPyConnection) -> pa.Table:
     """A whole result with its types."""
     names = column_names(result)
-    with _one_line_errors("sql"), warnings.catch_warnings():
+    with _sql_errors(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a relation would save a copy, but it runs the statement lazily
         table: pa.Table = result.to_arrow_table()
         return table.rename_columns(names)
@@ -65,11 +65,12 @@ def arrow_table(result: duckdb.DuckDBPyConnection) -> pa.Table:
 
 def select(con: duckdb.DuckDBPyConnection, statement: str) -> duckdb.DuckDBPyConnection:
     """Run one read-only statement. Raises InputError (one line) for anything else or for SQL errors."""
-    with _one_line_errors("sql"):
+    with _sql_errors():
         found = duckdb.extract_statements(statement)
         if len(found) != 1:
             raise InputError(f"sql: one statement is wanted, {len(found)} were given")
         _check_reading(found[0])
+        con.execute("SET python_enable_replacements = false")  # or an unknown table is looked for in Python
         return con.execute(found[0])
 
 
@@ -91,14 +92,14 @@ def _check_reading(statement: duckdb.Statement) -> None:
 
 
 @contextlib.contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
+def _sql_errors() -> Iterator[None]:
     """DuckDB's errors as InputErrors of one line, with the names it suggests."""
     try:
         yield
     except duckdb.Error as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         hints = [line for line in lines[1:] if line.startswith(("Candidate bindings", "Did you mean"))]
-        raise InputError(" ".join([f"{what}: {one_line(error)}", *hints[:1]])) from error
+        raise InputError(" ".join([f"sql: {one_line(error)}", *hints[:1]])) from error
 
 
 def resolve_sae(con: duckdb.DuckDBPyConnection, name: str) -> str:
@@ -124,9 +125,13 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _ask(con: duckdb.DuckDBPyConnection, statement: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
-    """The rows of one of our own statements. InputError where the index's files cannot be read."""
-    with _one_line_errors("index"):
-        return list(rows(con.execute(statement, list(values))))
+    """The rows of one of our own statements. DataError where the index's files cannot be read."""
+    try:
+        result = con.execute(statement, list(values))
+        names = column_names(result)
+        return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+    except (duckdb.IOException, duckdb.InvalidInputException) as error:
+        raise DataError(f"index: damaged: {one_line(error)}") from error
 
 
 def feature_table(con: duckdb.DuckDBPyConnection, sae: str, sort: str, limit: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _LOWEST, _PER_OCTAVE = -10, 8
-_WIDEST = 56  # characters of a histogram
+_WIDEST = 50  # characters of a histogram
 _SIGNS = {"\n": "↵", "\t": "→", "\r": "␍"}
 
 
@@ -26,9 +26,10 @@ def feature_view(found: dict[str, Any], color: bool) -> RenderableType:
         parts.append(Text("dead: never active on a counted token of this corpus"))
         return Group(*parts)
     parts += [Text(_statistics(found)), _histogram(found["histogram"])]
-    highest = max((context["activation"] for context in found["contexts"]), default=1.0)
     for context in found["contexts"]:
-        parts += [Text(), _heading(context), Padding(shaded(context["pieces"], highest, color), (0, 0, 0, 4))]
+        # Shades are a context's own: one outlier among the contexts must not leave the others pale.
+        text = shaded(context["pieces"], context["activation"], color)
+        parts += [Text(), _heading(context), Padding(text, (0, 0, 0, 4))]
     return Group(*parts)
 
 
@@ -85,8 +86,8 @@ def _histogram(counts: Sequence[int]) -> Text:
     shown = [sum(counts[i : min(i + step, last + 1)]) for i in range(first, last + 1, step)]
     top = max(shown)
     bars = "".join(_BARS[max(1, round(n / top * (len(_BARS) - 1)))] if n else " " for n in shown)
-    left, right = f"{_edge(first - 1):.3g} ", f" {_edge(last):.3g}"
-    return Text.assemble((left, "dim"), (bars, "dark_orange"), (right, "dim"), ("  (log scale)", "dim"))
+    left, right = f"{_edge(first - 1):.4g} ", f" {_edge(last):.4g}"
+    return Text.assemble((left, "dim"), (bars, "dark_orange"), (right, "dim"), ("  (log)", "dim"))
 
 
 def _edge(index: int) -> float:

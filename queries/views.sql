@@ -18,7 +18,7 @@ CREATE VIEW documents AS
 SELECT document, id, corpus, source, row, run, n_tokens$metadata FROM $documents;
 
 CREATE VIEW segments AS
-SELECT document, 0::INTEGER AS segment, 'text' AS role, 0::INTEGER AS start, length AS stop FROM $documents;
+SELECT document, 0::INTEGER AS segment, 'text' AS role, 0::INTEGER AS start, _length AS stop FROM $documents;
 
 CREATE VIEW contexts AS SELECT context, document, start, first, tokens, counted FROM $contexts;
 

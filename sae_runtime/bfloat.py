@@ -11,8 +11,9 @@ the same way. Measured need: DuckDB's sum of 20 M doubles gave six results in si
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from sae_runtime.jit import inlined, jit
 
 SUM_BITS = 64
 SQUARE_BITS = 56
@@ -37,14 +38,14 @@ def bin_table() -> np.ndarray:
     return np.searchsorted(histogram_edges(), values, side="right").astype(np.uint8)
 
 
-@numba.njit(cache=True, inline="always")
+@inlined
 def round_code(bits: np.uint32) -> np.uint16:
     """The bfloat16 code nearest (ties to even) to positive float32 `bits`."""
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
-@numba.njit(cache=True, inline="always")
+@inlined
 def exponent(code: np.uint16) -> int:
     """floor(log2(value)) of a positive code."""
     field = int(code >> np.uint16(7))
@@ -58,7 +59,7 @@ def exponent(code: np.uint16) -> int:
     return result
 
 
-@numba.njit(cache=True, inline="always")
+@inlined
 def shifted(mantissa: np.uint64, shift: int) -> tuple[np.int64, np.uint64]:
     """mantissa * 2^shift as (high, low) 64-bit words; bits below 2^0 are cut off."""
     if shift <= -64:
@@ -72,7 +73,7 @@ def shifted(mantissa: np.uint64, shift: int) -> tuple[np.int64, np.uint64]:
     return np.int64(mantissa << np.uint64(min(shift - 64, 62))), np.uint64(0)
 
 
-@numba.njit(cache=True, inline="always")
+@inlined
 def parts(code: np.uint16) -> tuple[np.uint64, int]:
     """(mantissa, power): the value is mantissa * 2^power."""
     field = int(code >> np.uint16(7))
@@ -82,7 +83,7 @@ def parts(code: np.uint16) -> tuple[np.uint64, int]:
     return fraction | np.uint64(0x80), field - 134
 
 
-@numba.njit(cache=True, inline="always")
+@inlined
 def add(
     high: np.int64, low: np.uint64, more_high: np.int64, more_low: np.uint64
 ) -> tuple[np.int64, np.uint64]:
@@ -92,7 +93,7 @@ def add(
     return high + more_high + carry, total
 
 
-@numba.njit(cache=True)
+@jit
 def fixed_to_float(high: np.ndarray, low: np.ndarray, bits: int) -> np.ndarray:
     """float64 nearest (ties to even) to (high * 2^64 + low) / 2^bits, elementwise, for sums >= 0."""
     out = np.empty(len(high), np.float64)
@@ -101,7 +102,7 @@ def fixed_to_float(high: np.ndarray, low: np.ndarray, bits: int) -> np.ndarray:
     return out
 
 
-@numba.njit(cache=True, inline="always")
+@inlined
 def _nearest(high: np.int64, low: np.uint64) -> float:
     if high == 0:
         return np.float64(low)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 
 from sae_runtime.bfloat import round_code
+from sae_runtime.jit import jit
 from sae_runtime.sae import SaeWeights
 
 TOKENS_PER_BLOCK = 2048
@@ -87,7 +87,7 @@ def compact_torch(pre: torch.Tensor, threshold: torch.Tensor, offset: int) -> Sp
     return Sparse(indptr.numpy(), (token + offset).to(torch.int32).cpu().numpy(), code)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _compact_numba(
     pre: np.ndarray, threshold: np.ndarray, offset: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -139,7 +139,7 @@ def merge(blocks: list[Sparse], width: int) -> Sparse:
     return Sparse(indptr, token, code)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _scatter(
     indptr: np.ndarray,
     token: np.ndarray,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sae_runtime.cache import cache_dir
 from sae_runtime.errors import InputError, one_line
 from sae_runtime.sites import Site, Tap, decoder_layers, resolve
 
@@ -36,11 +37,6 @@ class ModelSource:
     path: str  # hub id or directory
     revision: str | None
     fingerprint: str  # commit of the hub, or digest of the directory's files
-
-
-def cache_dir() -> Path:
-    """Corpuscope's cache: $CORPUSCOPE_CACHE, else ~/.cache/corpuscope."""
-    return Path(os.environ.get("CORPUSCOPE_CACHE") or Path.home() / ".cache" / "corpuscope")
 
 
 def locate(uri: str, revision: str | None = None) -> ModelSource:

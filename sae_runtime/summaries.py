@@ -18,12 +18,12 @@ import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from sae_runtime.bfloat import BINS, SQUARE_BITS, SUM_BITS, add, bin_table, exponent, parts, shifted
 from sae_runtime.encode import Sparse
 from sae_runtime.errors import DataError
+from sae_runtime.jit import inlined, jit
 
 WINDOW = 64  # positions on either side of the maximum whose activations are kept
 ENDING = 16  # tokens that must differ for two documents to be both among the top
@@ -208,7 +208,7 @@ def _no_arena() -> Arena:
     return Arena(np.zeros(0, np.int32), np.zeros(0, np.uint16))
 
 
-@numba.njit(cache=True, inline="always")
+@inlined
 def _mix(value: np.uint64) -> np.uint64:
     """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): a bijection that avalanches."""
     value ^= value >> np.uint64(30)
@@ -218,7 +218,7 @@ def _mix(value: np.uint64) -> np.uint64:
     return value ^ (value >> np.uint64(31))
 
 
-@numba.njit(cache=True)
+@jit
 def _ending(chunk: Chunk, context: int, position: int) -> tuple[np.uint64, np.uint64]:
     """128-bit hash of the up to ENDING tokens of a context that end at `position`."""
     base = chunk.offset[context - chunk.first]
@@ -231,7 +231,7 @@ def _ending(chunk: Chunk, context: int, position: int) -> tuple[np.uint64, np.ui
     return one, two
 
 
-@numba.njit(cache=True)
+@jit
 def _set_slot(
     top: Top, f: int, j: int, code: np.uint16, context: int, position: int, one: np.uint64, two: np.uint64,
     start: int, length: int,
@@ -245,7 +245,7 @@ def _set_slot(
     top.length[f, j] = length
 
 
-@numba.njit(cache=True)
+@jit
 def _copy_slot(top: Top, f: int, source: int, target: int) -> None:
     _set_slot(
         top, f, target, top.code[f, source], top.context[f, source], top.position[f, source],
@@ -253,7 +253,7 @@ def _copy_slot(top: Top, f: int, source: int, target: int) -> None:
     )  # fmt: skip
 
 
-@numba.njit(cache=True)
+@jit
 def _offer(top: Top, f: int) -> None:
     """Let the candidate in the last slot take its place among the top, if it has one."""
     k = top.code.shape[1] - 1
@@ -276,7 +276,7 @@ def _offer(top: Top, f: int) -> None:
     top.n[f] = min(n + 1, k)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _count(
     indptr: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, bins: np.ndarray,
     counts: Counts, top: Top, opened: Open,
@@ -350,7 +350,7 @@ def _count(
     )  # fmt: skip
 
 
-@numba.njit(cache=True)
+@jit
 def _seek(lo: int, hi: int, token: np.ndarray, chunk: Chunk, context: int, position: int) -> int:
     """First row of [lo, hi) at or after (context, position)."""
     while lo < hi:
@@ -364,7 +364,7 @@ def _seek(lo: int, hi: int, token: np.ndarray, chunk: Chunk, context: int, posit
     return lo
 
 
-@numba.njit(cache=True)
+@jit
 def _window(
     indptr: np.ndarray, token: np.ndarray, chunk: Chunk, f: int, context: int, position: int
 ) -> tuple:
@@ -373,7 +373,7 @@ def _window(
     return lo, _seek(lo, indptr[f + 1], token, chunk, context, position + WINDOW + 1)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _gather_top(
     indptr: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, top: Top, old: Arena
 ) -> Arena:
@@ -409,7 +409,7 @@ def _gather_top(
     return new
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _sample(
     indptr: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, old: Samples, arena: Arena,
     seed: np.uint64, k: int, groups: int,
@@ -492,7 +492,7 @@ def _sample(
     return kept, _gather_samples(indptr, token, code, chunk, kept, arena)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _gather_samples(
     indptr: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, samples: Samples, old: Arena
 ) -> Arena:

@@ -7,6 +7,7 @@ is done once more with chunks, batches and segments cut so small that they fall 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 import threading
@@ -105,6 +106,25 @@ class Rows:
         return found
 
 
+def mix(value: int) -> int:
+    """The finaliser of splitmix64."""
+    value ^= value >> 30
+    value = value * 0xBF58476D1CE4E5B9 % 2**64
+    value ^= value >> 27
+    value = value * 0x94D049BB133111EB % 2**64
+    return value ^ (value >> 31)
+
+
+def draw(context: Context, sae: str, feature: int) -> int:
+    """A context's lot: the hash of its place, the SAE and the feature. Stays the same over versions."""
+    place = "\0".join(("tiny", *map(str, context.place)))
+    one, two = (
+        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        for text in (place, sae)
+    )
+    return mix(one ^ mix((two + feature * 0x9E3779B97F4A7C15) % 2**64))
+
+
 def check_document_features(rows: Rows) -> None:
     wanted = {}
     for (sae, feature), fired in rows.fired.items():
@@ -181,11 +201,11 @@ def check_top_and_samples(rows: Rows) -> None:
         assert set(samples[key]) == set(strata)
         for stratum, members in strata.items():
             drawn = samples[key][stratum]
+            lots = sorted((draw(rows.contexts[context], *key), context) for context in members)
+            assert {context for _, context, *_ in drawn} == {context for _, context in lots[:SAMPLE_K]}
             assert len(drawn) == min(SAMPLE_K, len(members))
-            assert len({context for _, context, *_ in drawn}) == len(drawn)
             for population, context, position, activation, positions, values in drawn:
                 assert population == len(members)
-                assert context in members
                 assert (activation, position) == rows.best(fired, context)
                 assert (positions, values) == rows.near(fired, context, position)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -50,7 +51,7 @@ def run(contexts: list[Context], cuts: list[int]) -> tuple[Summary, list[tuple]]
     summary = Summary.empty("suite/sae", WIDTH, TOP_K, SAMPLE_K)
     rows = []
     edges = sorted({0, len(contexts), *(c for c in cuts if 0 < c < len(contexts))})
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         part = contexts[first:last]
         before = contexts[first - 1].document if first else -1
         after = contexts[last].document if last < len(contexts) else -1
@@ -77,7 +78,13 @@ def run(contexts: list[Context], cuts: list[int]) -> tuple[Summary, list[tuple]]
         maxima = to_float(closed.max)
         for i in range(len(closed.feature)):
             rows.append(
-                (int(closed.feature[i]), int(closed.document[i]), int(closed.tokens[i]), float(maxima[i]), float(sums[i]))
+                (
+                    int(closed.feature[i]),
+                    int(closed.document[i]),
+                    int(closed.tokens[i]),
+                    float(maxima[i]),
+                    float(sums[i]),
+                )
             )
     return summary, sorted(rows)
 
@@ -185,14 +192,14 @@ def test_the_sample_is_the_same_for_every_cut_and_differs_between_features():
     for field in ("indptr", "stratum", "hash", "context", "position", "code", "population", "length"):
         assert (getattr(whole.samples, field) == getattr(cut.samples, field)).all()
     chosen = [
-        set(whole.samples.context[whole.samples.indptr[f] : whole.samples.indptr[f + 1]].tolist()) for f in (3, 4)
+        set(whole.samples.context[whole.samples.indptr[f] : whole.samples.indptr[f + 1]].tolist())
+        for f in (3, 4)
     ]
     assert chosen[0] != chosen[1]
 
 
 def test_each_context_is_sampled_equally_often():
     """Bottom-k by hash is uniform: over many SAE names every one of 40 contexts comes up as often."""
-    contexts = [Context(d, 0, [1], [True], np.full((1, WIDTH), 1.0, np.float32)) for d in range(40)]
     hits = np.zeros(40)
     for name in range(400):
         summary = Summary.empty(f"suite/{name}", WIDTH, TOP_K, SAMPLE_K)

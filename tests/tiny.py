@@ -62,7 +62,7 @@ def texts_by_file(files: int = 24) -> list[list[dict[str, Any]]]:
     def mixed(n: int) -> str:
         return " ".join(str(rng.choice(EMOJI if rng.random() < 0.4 else WORDS)) for _ in range(n))
 
-    twin = words(30)
+    twin, twin15 = words(30), words(15)
     special = {
         0: ["", words(900)],
         1: [mixed(250), ""],
@@ -73,6 +73,9 @@ def texts_by_file(files: int = 24) -> list[list[dict[str, Any]]]:
         9: ["", ""],  # a unit of empty documents only
         11: [twin + " " + words(3), mixed(60)],
         13: [words(500)],
+        # Endings of 15 equal tokens, the 16th before differs: not the same document.
+        15: [f"{word} {twin15}" for word in ("London", "music", "open", "north")],
+        17: [f"{word} {twin15}" for word in ("Paris", "list", "close")] + [twin15],
     }
     rows: list[list[dict[str, Any]]] = []
     for i in range(files):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from pipelines.executors.base import Committed, Failed, Observer, Progress
 from pipelines.unit import Scanner, Setup, Work
-from sae_runtime.errors import DataError, InputError
+from sae_runtime.errors import DataError, InputError, one_line
 
 
 class InlineExecutor:
@@ -45,6 +45,6 @@ class InlineExecutor:
         except InputError:
             raise
         except Exception as error:
-            observe(Failed(work, f"{type(error).__name__}: {error}", traceback.format_exc()))
+            observe(Failed(work, f"{type(error).__name__}: {one_line(error)}", traceback.format_exc()))
         else:
             observe(Committed(work, commit))

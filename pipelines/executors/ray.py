@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
+import socket
+import threading
 import traceback
 from collections import deque
 from collections.abc import Sequence
@@ -24,6 +28,7 @@ from sae_runtime.errors import CorpuscopeError, InputError, one_line
 INFRASTRUCTURE_TRIES = 20
 TASK_TRIES = 3
 _POLL_SECONDS = 0.5
+_REACH_SECONDS = 10.0
 
 
 def connect(address: str | None) -> bool:
@@ -45,14 +50,31 @@ def connect(address: str | None) -> bool:
     if address is None:
         options |= {"address": "local", "include_dashboard": False}
     else:
+        _check_listening(address)
         options["address"] = address
+    stop = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(
             f"--address: no Ray cluster at {address or 'this machine'}: {one_line(error)}"
         ) from error
+    if stop is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)  # Ray put its own there, which ends the process with code 15
     return True
+
+
+def _check_listening(address: str) -> None:
+    """InputError if nothing listens at a HOST:PORT; Ray itself would try for two minutes and more."""
+    match = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if match is None:
+        if address != "auto":
+            raise InputError(f"--address: {address!r} is not HOST:PORT, ray://HOST:PORT or auto")
+        return
+    try:
+        socket.create_connection((match[1].strip("[]"), int(match[2])), _REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--address: no Ray cluster at {address}: {one_line(error)}") from error
 
 
 def cluster_device() -> str:

@@ -1,0 +1,30 @@
+"""The compiler of the loops, and where its machine code is kept.
+
+Invariant: cached code is never older than the sources it was made from. numba looks at one file's time
+of change, which misses functions inlined from another, so the cache lies in a folder named after the
+digest of all files with loops. Compiling costs 6 s once, loading 0.3 s (2 cores, 2026-11-22).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numba
+
+from sae_runtime.cache import cache_dir
+
+_SOURCES = ("bfloat.py", "encode.py", "summaries.py")
+
+
+def _code_dir() -> Path:
+    digest = hashlib.blake2b(digest_size=8)
+    for name in _SOURCES:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return cache_dir() / "numba" / digest.hexdigest()
+
+
+numba.config.CACHE_DIR = str(_code_dir())  # type: ignore[attr-defined]  # before anything is decorated
+
+jit = numba.njit(cache=True, nogil=True)
+inlined = numba.njit(cache=True, inline="always")
