@@ -19,12 +19,13 @@ import click
 import torch
 
 from jobs.specfile import load_spec
+from pipelines.chunks import batches
 from pipelines.contexts import contexts, strip_bos, tokenize
 from pipelines.corpus import read_documents
 from pipelines.ledger import Ledger
 from pipelines.planning import Planned, Prepared, plan_units, prepare
 from pipelines.storage import Store
-from pipelines.unit import BATCH_TOKENS, Scanner, Setup, Work, batches
+from pipelines.unit import BATCH_TOKENS, Scanner, Setup, Work
 from sae_runtime import suites
 
 

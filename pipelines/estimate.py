@@ -27,7 +27,7 @@ BYTES = {  # per row, zstd 3, measured (docs/LOG.md, 2026-11-22)
     "contexts": 1.5,  # per token
     "activations": 2.0,
     "document_features": 6.0,
-    "summaries": 26.0,  # per row of top_contexts and sampled_contexts
+    "summaries": 28.0,  # per row of top_contexts and sampled_contexts
 }
 _SAMPLE_TEXTS = 200
 _SAMPLE_BYTES = 1 << 20
@@ -159,13 +159,13 @@ def _document_rows(sae: SaeInfo, tokens: float) -> float:
 def _summary_rows(prepared: Prepared, planned: Planned, tokens: int) -> float:
     """Rows of partial summaries: each unit keeps its own until compaction merges them.
 
-    A fit to measured indexes: seven tenths of the features fill their top slots (one a document), and
-    contexts spread over some one and a half full strata.
+    A fit to the demo's index: nearly all features fill their top slots (one a document), and their
+    contexts fill some three and a half strata.
     """
     spec, units = prepared.spec, max(1, len(planned.units))
     documents = sum(unit.stop - unit.start for unit in planned.units) / units
     contexts = max(documents, tokens / units / prepared.rule.length)
-    slots = 0.7 * min(spec.top_k, documents) + 1.5 * min(spec.sample_k, contexts)
+    slots = 0.9 * min(spec.top_k, documents) + 3.5 * min(spec.sample_k, contexts)
     return sum(
         units * min(sae.width * slots, (sae.nominal_l0 or DEFAULT_L0) * tokens / units)
         for sae in prepared.saes

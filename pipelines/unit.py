@@ -8,11 +8,10 @@ with SmolLM2 on a CPU: halving a batch changed 87 % of them). Right padding need
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -21,9 +20,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipelines.chunks import Placed, PlacedDocument, capture, chunk_tables
 from pipelines.contexts import Context, ContextRule, context_rule, contexts, strip_bos, tokenize
 from pipelines.corpus import SourceFile, read_documents
 from pipelines.ledger import Commit, Ledger, Unit
+from pipelines.partials import Moments, SampledDocuments, write_summary
 from pipelines.schema import LOCAL_MAX, key
 from pipelines.spec import ScanSpec
 from pipelines.storage import Store
@@ -34,8 +35,7 @@ from sae_runtime.encode import Encoder, Sparse, merge
 from sae_runtime.errors import DataError
 from sae_runtime.model import LanguageModel, ModelSource, load_tokenizer
 from sae_runtime.sae import SaeInfo
-from sae_runtime.sites import Site
-from sae_runtime.summaries import Chunk, DocumentRows, Summary, place_hash
+from sae_runtime.summaries import DocumentRows, Summary
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 CHUNK_TOKENS = {"cpu": 16384, "cuda": 131072}
@@ -64,24 +64,6 @@ class Setup:
     groups: tuple[tuple[SaeInfo, ...], ...]
     metadata: dict[str, str]
     index: str
-
-
-@dataclass(frozen=True)
-class _Document:
-    local: int
-    row: int
-    id: str | None
-    metadata: dict[str, Any]
-    ids: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """A context in its unit: unit-local numbers of it and its document."""
-
-    local: int
-    document: _Document
-    context: Context
 
 
 class Scanner:
@@ -157,17 +139,17 @@ class _UnitScan:
         infos = scanner.infos
         self.summaries = [Summary.empty(i.id, i.width, spec.top_k, spec.sample_k) for i in infos]
         self.errors = [0.0] * len(infos)
-        self.moments = {site: _Moments(tap.width) for site, tap in scanner.model.taps.items()}
+        self.moments = {site: Moments(tap.width) for site, tap in scanner.model.taps.items()}
         self.segment: list[list[Sparse]] = [[] for _ in infos]
         self.segment_rows = 0
         self.document_rows: list[list[DocumentRows]] = [[] for _ in infos]
-        self.sampled = _SampledDocuments(infos, work.unit)
+        self.sampled = SampledDocuments(infos, work.unit)
         self.document_columns: list[tuple[Any, ...]] = []
 
     def run(self) -> None:
         kind = torch.device(self.s.setup.device).type
         placed = self._placed()
-        held: _Placed | None = next(placed, None)
+        held: Placed | None = next(placed, None)
         before = -1
         while held is not None:
             part, size = [], 0
@@ -176,13 +158,16 @@ class _UnitScan:
                 size += len(held.context.tokens)
                 held = next(placed, None)
             after = held.document.local if held is not None else -1
-            self._chunk(part, before, after, BATCH_TOKENS[kind])
+            try:
+                self._chunk(part, before, after, BATCH_TOKENS[kind])
+            except DataError as error:
+                raise DataError(f"{self.work.unit.path} {error}") from error
             before = part[-1].document.local
             crash("between-chunks")
         self._flush()
         self._finish()
 
-    def _placed(self) -> Iterator[_Placed]:
+    def _placed(self) -> Iterator[Placed]:
         """Contexts in corpus order; every document is entered in `documents` as it passes."""
         unit = self.work.unit
         rows = read_documents(self.work.file, self.source, self.s.setup.metadata, unit.start, unit.stop)
@@ -191,14 +176,14 @@ class _UnitScan:
             for read, ids in zip(batch, tokenize(self.s.tokenizer, [d.text for d in batch]), strict=True):
                 ids = strip_bos(ids, self.s.rule)
                 metadata = dict(zip(self.source.metadata, read.metadata, strict=True))
-                document = _Document(self.documents, read.row, read.id, metadata, ids)
+                document = PlacedDocument(self.documents, read.row, read.id, metadata, ids)
                 windows = contexts(ids, self.s.rule)
                 self._enter(document, windows)
                 for window in windows:
-                    yield _Placed(local, document, window)
+                    yield Placed(local, document, window)
                     local += 1
 
-    def _enter(self, document: _Document, windows: list[Context]) -> None:
+    def _enter(self, document: PlacedDocument, windows: list[Context]) -> None:
         counted = int(sum(window.counted.sum() for window in windows))
         unit = self.work.unit
         own = (document.metadata.get(column) for column in self.s.setup.metadata)
@@ -225,9 +210,9 @@ class _UnitScan:
                 "unit; split the longest documents or raise context.length"
             )
 
-    def _chunk(self, part: list[_Placed], before: int, after: int, batch_tokens: int) -> None:
-        chunk = _chunk_tables(part, before, after, self.work.unit)
-        captured = self._captured(part, chunk, batch_tokens)
+    def _chunk(self, part: list[Placed], before: int, after: int, batch_tokens: int) -> None:
+        chunk = chunk_tables(part, before, after, self.work.unit)
+        captured = capture(self.s.model, part, chunk, batch_tokens, self.s.setup.spec.context.norm_above)
         samples = {}
         for site, at in captured.items():
             samples[site] = at.x[np.flatnonzero((at.token + self.encoded) % SAMPLE_EVERY == 0)]
@@ -249,55 +234,7 @@ class _UnitScan:
         if self.segment_rows >= SEGMENT_ROWS:
             self._flush()
 
-    def _captured(self, part: list[_Placed], chunk: Chunk, budget: int) -> dict[Site, _Captured]:
-        """Activations of the chunk's counted tokens at every site, less what `norm_above` leaves out."""
-        model = self.s.model
-        dtype = next(model.module.parameters()).dtype
-        total = len(chunk.context)
-        found = {
-            site: torch.empty(total, tap.width, dtype=dtype, device=model.device)
-            for site, tap in model.taps.items()
-        }
-        limit = self.s.setup.spec.context.norm_above
-        loud = {site: torch.zeros(total, dtype=torch.bool, device=model.device) for site in found}
-        starts = np.searchsorted(chunk.context, np.arange(len(part) + 1) + chunk.first)
-        for members in batches([len(p.context.tokens) for p in part], budget):
-            length = max(len(part[m].context.tokens) for m in members)
-            ids = np.zeros((len(members), length), np.int64)
-            counted = np.zeros((len(members), length), bool)
-            real = np.zeros((len(members), length), bool)
-            for row, m in enumerate(members):
-                context = part[m].context
-                ids[row, : len(context.tokens)] = context.tokens
-                counted[row, : len(context.tokens)] = context.counted
-                real[row, : len(context.tokens)] = True
-            target = torch.from_numpy(
-                np.concatenate([np.arange(starts[m], starts[m + 1]) for m in members])
-            ).to(model.device)
-            mask = torch.from_numpy(counted).to(model.device)
-            for site, x in model.run(torch.from_numpy(ids)).items():
-                found[site][target] = x[mask]
-                if limit is not None:
-                    loud[site][target] = norm_above(x, torch.from_numpy(real).to(x.device), limit)[mask]
-        for site, x in found.items():
-            if not torch.isfinite(x).all():
-                self._not_finite(site, x, part, chunk)
-        if limit is None:
-            return {site: _Captured(x, np.arange(total)) for site, x in found.items()}
-        return {
-            site: _Captured(x[~loud[site]], np.flatnonzero(~loud[site].cpu().numpy()))
-            for site, x in found.items()
-        }
-
-    def _not_finite(self, site: Site, x: torch.Tensor, part: list[_Placed], chunk: Chunk) -> None:
-        token = int(torch.nonzero(~torch.isfinite(x).all(dim=1))[0])
-        document = part[int(chunk.context[token]) - chunk.first].document
-        raise DataError(
-            f"{self.work.unit.path} row {document.row}: activations at {self.s.model.taps[site].path} "
-            f"are not finite in {self.s.setup.spec.model.dtype}; try `dtype: bfloat16` or `float32`"
-        )
-
-    def _write_contexts(self, part: list[_Placed]) -> None:
+    def _write_contexts(self, part: list[Placed]) -> None:
         if self.work.group:
             return
         ordinal = self.work.unit.ordinal
@@ -379,76 +316,6 @@ class _UnitScan:
             )
 
 
-def write_summary(writer: UnitWriter, info: SaeInfo, summary: Summary, ordinal: int) -> None:
-    """An SAE's partials for one unit: features, top_contexts, sampled_contexts."""
-    counts, top, samples = summary.counts, summary.top, summary.samples
-    active = np.flatnonzero(counts.tokens).astype(np.int32)
-    feature, bins = np.nonzero(counts.histogram[active])
-    per_feature = np.bincount(feature, minlength=len(active))
-    starts = np.cumsum(per_feature) - per_feature
-    writer.write(
-        "features",
-        {
-            "sae": sae_column(info.id, len(active)),
-            "feature": active,
-            "n_tokens": counts.tokens[active],
-            "n_contexts": counts.contexts[active],
-            "n_documents": counts.documents[active],
-            "sum_high": counts.sum_high[active],
-            "sum_low": counts.sum_low[active],
-            "squares_high": counts.squares_high[active],
-            "squares_low": counts.squares_low[active],
-            "max": to_float(counts.max[active]),
-            "bins": windows_column(bins.astype(np.uint8), starts, per_feature, pa.uint8()),
-            "bin_tokens": windows_column(
-                counts.histogram[active][feature, bins].astype(np.int64), starts, per_feature, pa.int64()
-            ),
-        },
-    )
-    feature, slot = np.nonzero(np.arange(top.code.shape[1]) < top.n[:, None])
-    writer.write(
-        "top_contexts",
-        {
-            "sae": sae_column(info.id, len(feature)),
-            "feature": feature.astype(np.int32),
-            "context": top.context[feature, slot] + key(ordinal),
-            "position": top.position[feature, slot],
-            "activation": to_float(top.code[feature, slot]),
-            **_window_columns(summary.top_arena, top.start[feature, slot], top.length[feature, slot]),
-            "ending_a": top.key[feature, slot, 0],
-            "ending_b": top.key[feature, slot, 1],
-        },
-    )
-    rows = np.diff(samples.indptr)
-    writer.write(
-        "sampled_contexts",
-        {
-            "sae": sae_column(info.id, len(samples.stratum)),
-            "feature": np.repeat(np.arange(info.width, dtype=np.int32), rows),
-            "stratum": samples.stratum.astype(np.int32),
-            "hash": samples.hash,
-            "population": samples.population,
-            "context": samples.context + key(ordinal),
-            "position": samples.position,
-            "activation": to_float(samples.code),
-            **_window_columns(summary.sample_arena, samples.start, samples.length),
-        },
-    )
-
-
-def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Members of each batch: like lengths together, at most `budget` padded tokens (or one member)."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    found: list[list[int]] = []
-    for member in order:
-        # The first member is the longest, so it sets the padded length.
-        if found and (len(found[-1]) + 1) * lengths[found[-1][0]] <= budget:
-            found[-1].append(member)
-        else:
-            found.append([member])
-    return [sorted(batch) for batch in found]
-
-
 def device_name(device: str) -> str:
     """What `runs.device` shows: the kind of device, with the GPU's model."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
@@ -461,100 +328,3 @@ def crash(point: str) -> None:
     """
     if os.environ.get("CORPUSCOPE_CRASH") == point:
         os._exit(137)
-
-
-def _chunk_tables(part: list[_Placed], before: int, after: int, unit: Unit) -> Chunk:
-    lengths = [len(p.context.tokens) for p in part]
-    counted = [np.flatnonzero(p.context.counted).astype(np.int32) for p in part]
-    first = part[0].local
-    local = np.arange(first, first + len(part), dtype=np.int32)
-    last = part[-1].document.local
-    return Chunk(
-        context=np.repeat(local, [len(c) for c in counted]),
-        position=np.concatenate(counted),
-        first=first,
-        document=np.array([p.document.local for p in part], np.int32),
-        place=np.array(
-            [place_hash(unit.corpus, unit.path, p.document.row, p.context.start) for p in part], np.uint64
-        ),
-        tokens=np.concatenate([p.context.tokens for p in part]),
-        offset=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
-        open_document=before if before == part[0].document.local else -1,
-        tail_document=after if after == last else -1,
-    )
-
-
-def _window_columns(arena: Any, start: np.ndarray, length: np.ndarray) -> dict[str, pa.Array]:
-    return {
-        "positions": windows_column(arena.position, start, length, pa.int32()),
-        "values": windows_column(to_float(arena.code), start, length, pa.float32()),
-    }
-
-
-@dataclass(frozen=True)
-class _Captured:
-    """Activations of a site over a chunk. `token` numbers the chunk's counted tokens."""
-
-    x: torch.Tensor  # [tokens, d], the model's dtype
-    token: np.ndarray  # int64 [tokens], ascending
-
-    def in_chunk(self, sparse: Sparse) -> Sparse:
-        """Rows that number the tokens of `x`, renumbered as the chunk's counted tokens."""
-        return Sparse(sparse.indptr, self.token[sparse.token].astype(np.int32), sparse.code)
-
-
-def norm_above(x: torch.Tensor, real: torch.Tensor, limit: float) -> torch.Tensor:
-    """Which tokens of `x` [contexts, length, d] have over `limit` times their context's median norm.
-
-    `real` [contexts, length] is false on padding. The median is over all tokens that were run.
-    """
-    norms = x.float().norm(dim=-1).masked_fill(~real, float("nan"))
-    return norms > limit * norms.nanquantile(0.5, dim=1, keepdim=True)
-
-
-class _Moments:
-    """Counted tokens of a site, and sums over the sampled ones among them, float64."""
-
-    def __init__(self, width: int) -> None:
-        self.counted = 0
-        self.tokens = 0
-        self.sum = np.zeros(width)
-        self.squares = 0.0
-
-    def add(self, sample: torch.Tensor, counted: int) -> None:
-        """Take in a chunk: its sampled activations [tokens, d] and how many tokens are counted."""
-        self.counted += counted
-        sample = sample.double().cpu()
-        self.tokens += len(sample)
-        self.sum += sample.sum(dim=0).numpy()
-        self.squares += float(sample.square().sum())
-
-
-class _SampledDocuments:
-    """Which documents' token rows each SAE keeps: all, none, or a fraction by hash of their place."""
-
-    def __init__(self, infos: Sequence[SaeInfo], unit: Unit) -> None:
-        rates = {"tokens": 1.0, "documents": 0.0, "none": 0.0}
-        self.rates = [rates[i.keep] if isinstance(i.keep, str) else i.keep for i in infos]
-        self.unit = unit
-        self.draws: list[float] = []
-
-    def enter(self, row: int) -> None:
-        self.draws.append(draw(self.unit.corpus, self.unit.path, row))
-
-    def keep(self, i: int, sparse: Sparse, chunk: Chunk) -> Sparse | None:
-        rate = self.rates[i]
-        if rate >= 1 or rate <= 0:
-            return sparse if rate >= 1 else None
-        documents = chunk.document[chunk.context[sparse.token] - chunk.first]
-        wanted = np.array(self.draws)[documents] < rate
-        feature = np.repeat(np.arange(len(sparse.indptr) - 1), np.diff(sparse.indptr))[wanted]
-        indptr = np.zeros(len(sparse.indptr), np.int64)
-        indptr[1:] = np.cumsum(np.bincount(feature, minlength=len(indptr) - 1))
-        return Sparse(indptr, sparse.token[wanted], sparse.code[wanted])
-
-
-def draw(corpus: str, source: str, row: int) -> float:
-    """A document's number in [0, 1): blake2b-64 of its place. `keep: {sample: r}` keeps those below r."""
-    digest = hashlib.blake2b(f"keep\0{corpus}\0{source}\0{row}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64

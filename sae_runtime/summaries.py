@@ -121,6 +121,7 @@ class Summary:
     open: Open
     samples: Samples
     sample_arena: Arena
+    sae: str
     seed: np.uint64
     sample_k: int
 
@@ -163,6 +164,7 @@ class Summary:
                 np.zeros(0, np.int32),
             ),
             _no_arena(),
+            sae,
             np.uint64(int.from_bytes(hashlib.blake2b(sae.encode(), digest_size=8).digest(), "little")),
             sample_k,
         )
@@ -173,7 +175,9 @@ class Summary:
         Returns the rows of documents that ended. Raises DataError for an infinite activation.
         """
         if sparse.rows and int(sparse.code.max()) >= _INFINITE:
-            raise DataError("an activation is too large for bfloat16")
+            token = int(sparse.token[int(sparse.code.argmax())])
+            where = f"context {chunk.context[token]} of the unit, position {chunk.position[token]}"
+            raise DataError(f"{where}: an activation of {self.sae} is too large for bfloat16")
         groups, rows = _count(
             sparse.indptr, sparse.token, sparse.code, chunk, _BINS, self.counts, self.top, self.open
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import queries
-from pipelines.unit import norm_above
+from pipelines.chunks import norm_above
 
 
 def test_tokens_far_above_their_contexts_median_norm_are_found_and_padding_is_not_looked_at():

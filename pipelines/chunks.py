@@ -1,0 +1,150 @@
+"""A chunk of a unit: contexts in corpus order, run through the model in batches of like length.
+
+Invariant: a batch's shape follows from the lengths of the chunk's contexts alone, and the captured
+activations come back in corpus order, so nothing downstream sees how contexts were batched. Batches are
+sorted by length inside a chunk only: sorting a whole unit would save little padding more and keep its
+documents open until the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.contexts import Context
+from pipelines.ledger import Unit
+from sae_runtime.encode import Sparse
+from sae_runtime.errors import DataError
+from sae_runtime.model import LanguageModel
+from sae_runtime.sites import Site
+from sae_runtime.summaries import Chunk, place_hash
+
+
+@dataclass(frozen=True)
+class PlacedDocument:
+    local: int
+    row: int
+    id: str | None
+    metadata: dict[str, Any]
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A context in its unit: unit-local numbers of it and its document."""
+
+    local: int
+    document: PlacedDocument
+    context: Context
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Activations of a site over a chunk. `token` numbers the chunk's counted tokens."""
+
+    x: torch.Tensor  # [tokens, d], the model's dtype
+    token: np.ndarray  # int64 [tokens], ascending
+
+    def in_chunk(self, sparse: Sparse) -> Sparse:
+        """Rows that number the tokens of `x`, renumbered as the chunk's counted tokens."""
+        return Sparse(sparse.indptr, self.token[sparse.token].astype(np.int32), sparse.code)
+
+
+def chunk_tables(part: list[Placed], before: int, after: int, unit: Unit) -> Chunk:
+    lengths = [len(p.context.tokens) for p in part]
+    counted = [np.flatnonzero(p.context.counted).astype(np.int32) for p in part]
+    first = part[0].local
+    local = np.arange(first, first + len(part), dtype=np.int32)
+    last = part[-1].document.local
+    return Chunk(
+        context=np.repeat(local, [len(c) for c in counted]),
+        position=np.concatenate(counted),
+        first=first,
+        document=np.array([p.document.local for p in part], np.int32),
+        place=np.array(
+            [place_hash(unit.corpus, unit.path, p.document.row, p.context.start) for p in part], np.uint64
+        ),
+        tokens=np.concatenate([p.context.tokens for p in part]),
+        offset=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
+        open_document=before if before == part[0].document.local else -1,
+        tail_document=after if after == last else -1,
+    )
+
+
+def capture(
+    model: LanguageModel, part: Sequence[Placed], chunk: Chunk, budget: int, limit: float | None
+) -> dict[Site, Captured]:
+    """Activations of the chunk's counted tokens at every site, less those over `limit` (`norm_above`).
+
+    `budget` is the most padded tokens of a batch. Raises DataError naming site and document row for an
+    activation that is not finite.
+    """
+    dtype = next(model.module.parameters()).dtype
+    total = len(chunk.context)
+    found = {
+        site: torch.empty(total, tap.width, dtype=dtype, device=model.device)
+        for site, tap in model.taps.items()
+    }
+    loud = {site: torch.zeros(total, dtype=torch.bool, device=model.device) for site in found}
+    starts = np.searchsorted(chunk.context, np.arange(len(part) + 1) + chunk.first)
+    for members in batches([len(p.context.tokens) for p in part], budget):
+        ids, counted, real = _padded([part[m].context for m in members])
+        target = np.concatenate([np.arange(starts[m], starts[m + 1]) for m in members])
+        mask = torch.from_numpy(counted).to(model.device)
+        for site, x in model.run(torch.from_numpy(ids)).items():
+            found[site][target] = x[mask]
+            if limit is not None:
+                loud[site][target] = norm_above(x, torch.from_numpy(real).to(x.device), limit)[mask]
+    for site, x in found.items():
+        if not torch.isfinite(x).all():
+            token = int(torch.nonzero(~torch.isfinite(x).all(dim=1))[0])
+            row = part[int(chunk.context[token]) - chunk.first].document.row
+            raise DataError(
+                f"row {row}: activations at {model.taps[site].path} are not finite in {dtype}; "
+                "try `dtype: bfloat16` or `float32`"
+            )
+    if limit is None:
+        return {site: Captured(x, np.arange(total)) for site, x in found.items()}
+    kept = {site: ~loud[site] for site in found}
+    return {
+        site: Captured(x[kept[site]], np.flatnonzero(kept[site].cpu().numpy())) for site, x in found.items()
+    }
+
+
+def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Members of each batch: like lengths together, at most `budget` padded tokens (or one member)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    found: list[list[int]] = []
+    for member in order:
+        # The first member is the longest, so it sets the padded length.
+        if found and (len(found[-1]) + 1) * lengths[found[-1][0]] <= budget:
+            found[-1].append(member)
+        else:
+            found.append([member])
+    return [sorted(batch) for batch in found]
+
+
+def norm_above(x: torch.Tensor, real: torch.Tensor, limit: float) -> torch.Tensor:
+    """Which tokens of `x` [contexts, length, d] have over `limit` times their context's median norm.
+
+    `real` [contexts, length] is false on padding. The median is over all tokens that were run.
+    """
+    norms = x.float().norm(dim=-1).masked_fill(~real, float("nan"))
+    return norms > limit * norms.nanquantile(0.5, dim=1, keepdim=True)
+
+
+def _padded(members: Sequence[Context]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids int64, which are counted and which are real, each [contexts, longest], right padded."""
+    length = max(len(context.tokens) for context in members)
+    ids = np.zeros((len(members), length), np.int64)
+    counted = np.zeros((len(members), length), bool)
+    real = np.zeros((len(members), length), bool)
+    for row, context in enumerate(members):
+        ids[row, : len(context.tokens)] = context.tokens
+        counted[row, : len(context.tokens)] = context.counted
+        real[row, : len(context.tokens)] = True
+    return ids, counted, real

@@ -1,0 +1,134 @@
+"""What a unit writes of each SAE at its end: partial summaries, moments of the sampled activations.
+
+Invariant: a partial holds active features only and merges with those of other units (views.sql).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipelines.ledger import Unit
+from pipelines.schema import key
+from pipelines.writer import UnitWriter, sae_column, windows_column
+from sae_runtime.bfloat import to_float
+from sae_runtime.encode import Sparse
+from sae_runtime.sae import SaeInfo
+from sae_runtime.summaries import Chunk, Summary
+
+
+def write_summary(writer: UnitWriter, info: SaeInfo, summary: Summary, ordinal: int) -> None:
+    """An SAE's partials for one unit: features, top_contexts, sampled_contexts."""
+    counts, top, samples = summary.counts, summary.top, summary.samples
+    active = np.flatnonzero(counts.tokens).astype(np.int32)
+    feature, bins = np.nonzero(counts.histogram[active])
+    per_feature = np.bincount(feature, minlength=len(active))
+    starts = np.cumsum(per_feature) - per_feature
+    writer.write(
+        "features",
+        {
+            "sae": sae_column(info.id, len(active)),
+            "feature": active,
+            "n_tokens": counts.tokens[active],
+            "n_contexts": counts.contexts[active],
+            "n_documents": counts.documents[active],
+            "sum_high": counts.sum_high[active],
+            "sum_low": counts.sum_low[active],
+            "squares_high": counts.squares_high[active],
+            "squares_low": counts.squares_low[active],
+            "max": to_float(counts.max[active]),
+            "bins": windows_column(bins.astype(np.uint8), starts, per_feature, pa.uint8()),
+            "bin_tokens": windows_column(
+                counts.histogram[active][feature, bins].astype(np.int64), starts, per_feature, pa.int64()
+            ),
+        },
+    )
+    feature, slot = np.nonzero(np.arange(top.code.shape[1]) < top.n[:, None])
+    writer.write(
+        "top_contexts",
+        {
+            "sae": sae_column(info.id, len(feature)),
+            "feature": feature.astype(np.int32),
+            "context": top.context[feature, slot] + key(ordinal),
+            "position": top.position[feature, slot],
+            "activation": to_float(top.code[feature, slot]),
+            **_window_columns(summary.top_arena, top.start[feature, slot], top.length[feature, slot]),
+            "ending_a": top.key[feature, slot, 0],
+            "ending_b": top.key[feature, slot, 1],
+        },
+    )
+    rows = np.diff(samples.indptr)
+    writer.write(
+        "sampled_contexts",
+        {
+            "sae": sae_column(info.id, len(samples.stratum)),
+            "feature": np.repeat(np.arange(info.width, dtype=np.int32), rows),
+            "stratum": samples.stratum.astype(np.int32),
+            "hash": samples.hash,
+            "population": samples.population,
+            "context": samples.context + key(ordinal),
+            "position": samples.position,
+            "activation": to_float(samples.code),
+            **_window_columns(summary.sample_arena, samples.start, samples.length),
+        },
+    )
+
+
+def _window_columns(arena: Any, start: np.ndarray, length: np.ndarray) -> dict[str, pa.Array]:
+    return {
+        "positions": windows_column(arena.position, start, length, pa.int32()),
+        "values": windows_column(to_float(arena.code), start, length, pa.float32()),
+    }
+
+
+class Moments:
+    """Counted tokens of a site, and sums over the sampled ones among them, float64."""
+
+    def __init__(self, width: int) -> None:
+        self.counted = 0
+        self.tokens = 0
+        self.sum = np.zeros(width)
+        self.squares = 0.0
+
+    def add(self, sample: torch.Tensor, counted: int) -> None:
+        """Take in a chunk: its sampled activations [tokens, d] and how many tokens are counted."""
+        self.counted += counted
+        sample = sample.double().cpu()
+        self.tokens += len(sample)
+        self.sum += sample.sum(dim=0).numpy()
+        self.squares += float(sample.square().sum())
+
+
+class SampledDocuments:
+    """Which documents' token rows each SAE keeps: all, none, or a fraction by hash of their place."""
+
+    def __init__(self, infos: Sequence[SaeInfo], unit: Unit) -> None:
+        rates = {"tokens": 1.0, "documents": 0.0, "none": 0.0}
+        self.rates = [rates[i.keep] if isinstance(i.keep, str) else i.keep for i in infos]
+        self.unit = unit
+        self.draws: list[float] = []
+
+    def enter(self, row: int) -> None:
+        self.draws.append(draw(self.unit.corpus, self.unit.path, row))
+
+    def keep(self, i: int, sparse: Sparse, chunk: Chunk) -> Sparse | None:
+        rate = self.rates[i]
+        if rate >= 1 or rate <= 0:
+            return sparse if rate >= 1 else None
+        documents = chunk.document[chunk.context[sparse.token] - chunk.first]
+        wanted = np.array(self.draws)[documents] < rate
+        feature = np.repeat(np.arange(len(sparse.indptr) - 1), np.diff(sparse.indptr))[wanted]
+        indptr = np.zeros(len(sparse.indptr), np.int64)
+        indptr[1:] = np.cumsum(np.bincount(feature, minlength=len(indptr) - 1))
+        return Sparse(indptr, sparse.token[wanted], sparse.code[wanted])
+
+
+def draw(corpus: str, source: str, row: int) -> float:
+    """A document's number in [0, 1): blake2b-64 of its place. `keep: {sample: r}` keeps those below r."""
+    digest = hashlib.blake2b(f"keep\0{corpus}\0{source}\0{row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
