@@ -274,7 +274,7 @@ def _stop_on_signals() -> None:
 def main() -> None:
     """Entry point of the `corpuscope` command."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="corpuscope", standalone_mode=False)
     except CorpuscopeError as error:
         message(f"error: {error}")
         code = error.exit_code
