@@ -83,7 +83,7 @@ def main(spec: str, repeat: int, units: int) -> None:
             setup = replace(setup, index=f"{folder}/{turn}")
             scanner.setup, scanner.store = setup, Store(setup.index)
             commits = [
-                scanner.scan(Work(unit, 0, planned.files[unit.corpus, unit.path], 1))
+                scanner.scan(Work(unit, 0, planned.files[unit.corpus, unit.path], 1)).commit
                 for unit in planned.units[:units]
             ]
             if turn:  # the first round compiles and warms up

@@ -202,6 +202,8 @@ def feature(index: str, sae: str, number: int, k: int, format_: str) -> None:
     con = connect(index)
     name = resolve_sae(con, sae)
     found = look_up(con, name, number, k)
+    if len(found["contexts"]) < min(k, found["n_documents"]):
+        message(f"note: {len(found['contexts'])} contexts are kept of this feature (`top_k` of the spec)")
     if format_ == "table":
         out = console()
         out.print(feature_view(found, color=in_color(out)))

@@ -46,7 +46,7 @@ def look(spec: ScanSpec, text: str) -> PlanView:
     ledger = Ledger(Store(spec.index))
     have = ledger.identity()
     planned, metadata = plan_units(prepared, ledger, text, allow_removal=True)
-    groups = have["groups"] if have else plan_groups(prepared.saes, memory_budget(1))
+    groups = have["groups"] if have else plan_groups(prepared.saes, memory_budget(1, device))
     if have is not None:
         check_identity(spec.index, have, identity(prepared, metadata, groups))
     commits = ledger.commits() if have else {}

@@ -103,6 +103,22 @@ def list_files(sources: Sequence[CorpusSource]) -> list[SourceFile]:
     return [file for index, source in enumerate(sources) for file in _source_files(index, source)]
 
 
+def check_unchanged(file: SourceFile, digest: str) -> None:
+    """DataError if a file's bytes are no longer those of `digest`; they are read only if its stamp moved."""
+    fs, path = fsspec.core.url_to_fs(file.uri)
+    fs.invalidate_cache()
+    info = _info(fs, path)
+    if info is not None and (info.get("size") or 0, _stamp(info)) == (file.size, file.stamp):
+        return
+    found = hashlib.blake2b(digest_size=16)
+    if info is not None:
+        with fs.open(path, "rb") as stream:
+            while block := stream.read(1 << 22):
+                found.update(block)
+    if info is None or found.hexdigest() != digest:
+        raise DataError(f"{file.path}: it has changed since the scan was planned; scan again")
+
+
 def _source_files(index: int, source: CorpusSource) -> list[SourceFile]:
     found: dict[str, SourceFile] = {}
     uris: set[str] = set()

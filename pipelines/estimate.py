@@ -13,6 +13,7 @@ from itertools import islice
 
 from pipelines.contexts import tokenize
 from pipelines.corpus import read_documents
+from pipelines.ledger import Unit
 from pipelines.planning import Planned, Prepared, sae_bytes
 from pipelines.schema import DATA
 from pipelines.storage import Store
@@ -55,10 +56,11 @@ class Estimate:
 
 def estimate(prepared: Prepared, planned: Planned) -> Estimate:
     """Estimate the whole index that a plan's live units make."""
-    text_bytes = sum(unit.bytes for unit in planned.units)
+    shares = [_share(prepared, planned, unit) for unit in planned.units]
+    text_bytes = round(sum(u.bytes * share for u, share in zip(planned.units, shares, strict=True)))
     per_token = bytes_per_token(prepared, planned)
     tokens = int(text_bytes / per_token)
-    documents = sum(unit.stop - unit.start for unit in planned.units)
+    documents = round(sum(u.documents * share for u, share in zip(planned.units, shares, strict=True)))
     rows = {sae.id: (sae.nominal_l0 or DEFAULT_L0) * tokens for sae in prepared.saes}
     average = max(1.0, tokens / max(1, documents))
     tables = {
@@ -68,7 +70,7 @@ def estimate(prepared: Prepared, planned: Planned) -> Estimate:
             sum(_document_rows(s, average) * documents for s in prepared.saes if s.keep != "none")
             * BYTES["document_features"]
         ),
-        "summaries": int(_summary_rows(prepared, planned, tokens) * BYTES["summaries"]),
+        "summaries": int(_summary_rows(prepared, planned, documents, tokens) * BYTES["summaries"]),
     }
     config = load_config(prepared.source)
     return Estimate(
@@ -156,16 +158,20 @@ def _document_rows(sae: SaeInfo, tokens: float) -> float:
     return min(sae.width, (sae.nominal_l0 or DEFAULT_L0) * tokens**0.6)
 
 
-def _summary_rows(prepared: Prepared, planned: Planned, tokens: int) -> float:
+def _share(prepared: Prepared, planned: Planned, unit: Unit) -> float:
+    """The fraction of a unit's rows that its source's `sample` takes."""
+    return prepared.spec.corpus[planned.files[unit.corpus, unit.path].source].sample or 1.0
+
+
+def _summary_rows(prepared: Prepared, planned: Planned, documents: int, tokens: int) -> float:
     """Rows of partial summaries: each unit keeps its own until compaction merges them.
 
     A fit to the demo's index: nearly all features fill their top slots (one a document), and their
     contexts fill some three and a half strata.
     """
     spec, units = prepared.spec, max(1, len(planned.units))
-    documents = sum(unit.stop - unit.start for unit in planned.units) / units
-    contexts = max(documents, tokens / units / prepared.rule.length)
-    slots = 0.9 * min(spec.top_k, documents) + 3.5 * min(spec.sample_k, contexts)
+    contexts = max(documents, tokens / prepared.rule.length) / units
+    slots = 0.9 * min(spec.top_k, documents / units) + 3.5 * min(spec.sample_k, contexts)
     return sum(
         units * min(sae.width * slots, (sae.nominal_l0 or DEFAULT_L0) * tokens / units)
         for sae in prepared.saes

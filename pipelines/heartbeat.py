@@ -1,13 +1,17 @@
-"""A note in the index that a scan is at work, so that `status` can tell without a cluster.
+"""A note in the index that a scan is at work: `status` shows it, and a second scan stops with 75.
 
-Invariant: nothing depends on it; it is overwritten every few seconds and says when. A scan that was
-killed leaves the last note behind, whose age tells.
+Invariant: only work is saved by it, never correctness; two scans that miss each other's notes both
+finish, and of each unit the first commit stands. A note is believed for a minute, and not at all when
+its process has ended on this machine, so that a scan that was killed can be run again at once.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import time
+from pathlib import Path
 from typing import Any
 
 from pipelines.ledger import dump
@@ -34,6 +38,8 @@ class Heartbeat:
         note = {
             "run": self._run,
             "workers": self._workers,
+            "host": socket.gethostname(),
+            "process": os.getpid(),
             "time": now,
             "running": not ended,
             "units": in_flight,
@@ -47,4 +53,19 @@ def running(store: Store) -> dict[str, Any] | None:
         note = json.loads(store.read(NAME))
     except FileNotFoundError:
         return None
-    return dict(note) if note["running"] and time.time() - note["time"] < STALE else None
+    if not note["running"] or time.time() - note["time"] >= STALE:
+        return None
+    return None if note["host"] == socket.gethostname() and _has_ended(note["process"]) else dict(note)
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    try:  # killed, but not yet waited for by its parent
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False

@@ -46,6 +46,11 @@ class Unit:
     stop: int
     bytes: int  # of text
 
+    @property
+    def documents(self) -> int:
+        """Rows of the span; fewer are indexed where the source is sampled."""
+        return self.stop - self.start
+
 
 @dataclass(frozen=True)
 class Plan:

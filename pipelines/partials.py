@@ -54,7 +54,7 @@ def write_summary(writer: UnitWriter, info: SaeInfo, summary: Summary, ordinal: 
         {
             "sae": sae_column(info.id, len(feature)),
             "feature": feature.astype(np.int32),
-            "context": top.context[feature, slot] + key(ordinal),
+            "context": top.context[feature, slot].astype(np.int64) + key(ordinal),
             "position": top.position[feature, slot],
             "activation": to_float(top.code[feature, slot]),
             **_window_columns(summary.top_arena, top.start[feature, slot], top.length[feature, slot]),
@@ -71,7 +71,7 @@ def write_summary(writer: UnitWriter, info: SaeInfo, summary: Summary, ordinal: 
             "stratum": samples.stratum.astype(np.int32),
             "hash": samples.hash,
             "population": samples.population,
-            "context": samples.context + key(ordinal),
+            "context": samples.context.astype(np.int64) + key(ordinal),
             "position": samples.position,
             "activation": to_float(samples.code),
             **_window_columns(summary.sample_arena, samples.start, samples.length),

@@ -29,7 +29,7 @@ from pipelines.spec import CorpusSource, Sample, ScanSpec
 from pipelines.unit import device_name
 from sae_runtime import suites
 from sae_runtime.errors import DataError, InputError
-from sae_runtime.model import ModelSource, load_tokenizer, locate, site_paths
+from sae_runtime.model import ModelSource, load_config, load_tokenizer, locate, site_paths
 from sae_runtime.sae import SaeInfo
 from sae_runtime.sites import Site
 
@@ -72,6 +72,12 @@ def prepare(spec: ScanSpec, device: str) -> Prepared:
                 f"saes: {sae.id} has d_in {sae.d_in}, but its site {path} of {spec.model.uri} has {width}; "
                 "wrong model or wrong `site`"
             )
+    longest = getattr(load_config(source), "max_position_embeddings", None)
+    if longest is not None and spec.context.length > longest:
+        raise InputError(
+            f"context.length: {spec.context.length} tokens are more than the {longest} that {spec.model.uri} "
+            "was made for"
+        )
     with ThreadPoolExecutor(2) as pool:
         prints = list(pool.map(lambda sae: suites.load(sae).fingerprint(), saes))
     return Prepared(
@@ -105,7 +111,7 @@ def identity(prepared: Prepared, metadata: dict[str, str], groups: Sequence[Sequ
         "fixed": {
             "model": prepared.source.fingerprint,
             "model.dtype": spec.model.dtype,
-            "model.device": device_name(prepared.device),
+            "model.device": prepared.device,
             "model.threads": spec.model.threads if prepared.device == "cpu" else None,
             "context.length": rule.length,
             "context.overlap": rule.overlap,
@@ -166,7 +172,9 @@ def plan_units(
     gone = [unit for unit in live if _place(unit) not in current]
     _check_removal(gone, live, {(r.corpus, r.path) for r in layout.records}, allow_removal)
     metadata = _metadata(ledger, spec.metadata, layout.types)
-    is_new = bool(layout.units or gone or not plans)
+    order = [(r.corpus, r.path) for r in layout.records]
+    reordered = bool(plans) and order != [(r.corpus, r.path) for r in plans[-1].files]
+    is_new = bool(layout.units or gone or not plans or reordered)
     plan = Plan(
         run=len(plans) + 1,
         started=time.time(),
@@ -204,6 +212,8 @@ class _Layout:
     def add(self, file: SourceFile) -> None:
         """Record the next file, reading it unless its size and stamp are known."""
         source = self.spec.corpus[file.source]
+        if self.left[file.source] == 0 and (file.corpus, file.path) not in self.known:
+            return  # beyond `limit`, and so not even read
         settings, limit = _settings(source), self.left[file.source]
         seen = self.known.get((file.corpus, file.path))
         if seen and (seen.size, seen.stamp, seen.settings) == (file.size, file.stamp, settings):
@@ -273,9 +283,12 @@ def sae_bytes(sae: SaeInfo) -> int:
     return sae.width * (8 * sae.d_in + 2400)
 
 
-def memory_budget(workers: int) -> int:
-    """Bytes that one worker may use for SAEs: half of the machine's memory, shared."""
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // workers)
+def memory_budget(workers: int, device: str) -> int:
+    """Bytes that one worker may use for SAEs: half of this machine's memory, shared; of the GPU's if less."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // workers
+    if device == "cuda" and torch.cuda.is_available():
+        host = min(host, torch.cuda.get_device_properties(0).total_memory // 2)
+    return int(host)
 
 
 def environment() -> dict[str, str]:
@@ -333,8 +346,8 @@ def _place(unit: Unit) -> tuple[str, str, str, str]:
 def _check_removal(
     gone: Sequence[Unit], live: Sequence[Unit], present: set[tuple[str, str]], allowed: bool
 ) -> None:
-    lost = sum(u.stop - u.start for u in gone if (u.corpus, u.path) not in present)
-    total = sum(u.stop - u.start for u in live)
+    lost = sum(u.documents for u in gone if (u.corpus, u.path) not in present)
+    total = sum(u.documents for u in live)
     if lost * 10 > total and not allowed:
         names = sorted({u.path for u in gone if (u.corpus, u.path) not in present})
         raise InputError(

@@ -7,6 +7,7 @@ model. Everything that can be wrong with the inputs is found before the first wr
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from pipelines.estimate import check_size, estimate
 from pipelines.executors.base import Committed, Event, Executor, Failed, Progress
 from pipelines.executors.inline import InlineExecutor
-from pipelines.heartbeat import Heartbeat
+from pipelines.heartbeat import Heartbeat, running
 from pipelines.ledger import Commit, Ledger
 from pipelines.planning import (
     Planned,
@@ -91,12 +92,22 @@ def run_scan(
         store = Store(spec.index)
         ledger = Ledger(store)
         have = ledger.identity()
+        if have is not None and (other := running(store)):
+            raise Interrupted(
+                f"index {spec.index}: another scan is running (run {other['run']}, process "
+                f"{other['process']} on {other['host']}); run again when it has ended"
+            )
         planned, metadata = plan_units(prepared, ledger, spec_text, options.allow_removal)
-        groups = have["groups"] if have else plan_groups(prepared.saes, memory_budget(options.workers or 1))
+        groups = have["groups"] if have else plan_groups(prepared.saes, session.budget())
         want = identity(prepared, metadata, groups)
         if have is not None:
             check_identity(spec.index, have, want)
         todo = _todo(planned, ledger, len(groups), have is not None)
+        if options.address is not None and spec.model.device == "auto" and session.device == "cpu":
+            notice(
+                "note: the cluster has no GPU now, so this scans on CPUs; `model.device: cuda` waits for GPUs"
+            )
+        _name_limits(planned, spec, notice)
         if not todo and not planned.is_new:
             return Outcome(planned.plan.run, 0, 0, 0, 0.0, ())
         check_size(prepared, planned, estimate(prepared, planned), spec.index)
@@ -160,8 +171,10 @@ class _Session:
         observe(
             Started(
                 items=len(items),
-                documents=sum(w.unit.stop - w.unit.start for w in items if w.group == 0),
-                bytes=sum(w.unit.bytes for w in items),
+                documents=round(
+                    sum(_share(w, prepared.spec) * w.unit.documents for w in items if not w.group)
+                ),
+                bytes=round(sum(_share(w, prepared.spec) * w.unit.bytes for w in items)),
                 items_done=len(planned.units) * len(groups) - len(items),
                 workers=executor.workers,
                 run=planned.plan.run,
@@ -172,6 +185,7 @@ class _Session:
         failed: list[Failed] = []
 
         heart = Heartbeat(ledger.store, planned.plan.run, executor.workers)
+        heart.beat({})
         flying: dict[str, int] = {}
 
         def watch(event: Event) -> None:
@@ -181,7 +195,7 @@ class _Session:
             else:
                 flying.pop(work.unit.unit, None)
             heart.beat(flying)
-            if isinstance(event, Committed):
+            if isinstance(event, Committed) and event.own:
                 commits.append(event.commit)
             elif isinstance(event, Failed):
                 failed.append(event)
@@ -219,6 +233,13 @@ class _Session:
 
             self.started = connect(self.options.address)
 
+    def budget(self) -> int:
+        """Bytes that one worker's SAEs may take, where the workers share this machine."""
+        workers = self.options.workers or 1
+        if self.options.executor == "ray" and not self.options.workers and self.device == "cpu":
+            workers = max(1, (os.cpu_count() or 1) // self.spec.model.threads)
+        return memory_budget(workers, self.device)
+
     def _device(self) -> str:
         device = self.spec.model.device
         if device == "cuda" and self.options.address is None and not torch.cuda.is_available():
@@ -241,6 +262,11 @@ class _Session:
 
         workers = self.options.workers or default_workers(setup.device, setup.spec.model.threads)
         return RayExecutor(setup, min(workers, max(1, items)), self.options.address is None)
+
+
+def _share(work: Work, spec: ScanSpec) -> float:
+    """The fraction of a unit's rows that its source's `sample` takes."""
+    return spec.corpus[work.file.source].sample or 1.0
 
 
 def _todo(planned: Planned, ledger: Ledger, groups: int, exists: bool) -> list[tuple[int, int]]:
@@ -273,6 +299,15 @@ def _register(
 def _runs(ledger: Ledger) -> dict[str, int]:
     """The run that registered each unit: a resumed scan goes on with that run."""
     return {unit.unit: plan.run for plan in ledger.plans() for unit in plan.units}
+
+
+def _name_limits(planned: Planned, spec: ScanSpec, notice: Notice) -> None:
+    """Say where a lowered `limit` takes nothing away."""
+    for number, source in enumerate(spec.corpus):
+        own = [u for u in planned.units if planned.files[u.corpus, u.path].source == number]
+        have = sum(unit.documents for unit in own)
+        if source.limit is not None and have > source.limit:
+            notice(f"note: corpus[{number}].limit is {source.limit:,}; the {have:,} documents indexed stay")
 
 
 def _name_changes(planned: Planned, notice: Notice) -> None:

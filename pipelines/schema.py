@@ -29,7 +29,6 @@ PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))
 _FEATURE = pa.field("feature", pa.int32())
-_CONTEXT = [_SAE, _FEATURE]
 _WINDOW = [
     pa.field("context", pa.int64()),
     pa.field("position", pa.int32()),

@@ -2,7 +2,7 @@
 
 Invariant: an instance is complete and valid in itself; whether files exist is found out later.
 Unknown keys and wrong types are errors that name the key (`jobs/specfile.py` words them).
-`identity()` is what must not change between scans of one index.
+`planning.identity` is what must not change between scans of one index.
 """
 
 from __future__ import annotations

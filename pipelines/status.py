@@ -58,7 +58,7 @@ def status(uri: str) -> Status:
     failed = set(errors) - flying
     return Status(
         index=uri,
-        state="running" if note else "complete" if not open_units else "incomplete",
+        state="running" if note else "complete" if plans and not open_units else "incomplete",
         runs=len(plans),
         saes=len(identity["saes"]),
         units=len(units),

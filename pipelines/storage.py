@@ -8,10 +8,14 @@ write is refused rather than degraded to last-writer-wins.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import inspect
 import io
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any, cast
@@ -22,6 +26,10 @@ from fsspec.implementations.local import LocalFileSystem
 from sae_runtime.errors import InputError, one_line
 
 _CONDITIONAL = {"s3", "s3a", "gs", "gcs", "abfs", "az"}  # their `mode="create"` is a conditional write
+_LOST = {"PreconditionFailed", "412"}  # from servers that leave out which condition, as s3fs wants it
+_CONFLICT = {"ConditionalRequestConflict", "409"}  # S3: two creations met, neither is done; try again
+_CONFLICT_TRIES = 8
+_ERRNO = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
 _memory_lock = threading.Lock()
 
 
@@ -85,18 +93,21 @@ class Store:
     def read(self, name: str) -> bytes:
         """The whole object. Raises FileNotFoundError."""
         self.fs.invalidate_cache()
-        return cast(bytes, self.fs.cat_file(self.path(name)))
+        with self._naming(name):
+            return cast(bytes, self.fs.cat_file(self.path(name)))
 
     def exists(self, name: str) -> bool:
         self.fs.invalidate_cache()
-        return bool(self.fs.exists(self.path(name)))
+        with self._naming(name):
+            return bool(self.fs.exists(self.path(name)))
 
     def entries(self, folder: str) -> list[str]:
         """Names of the objects under `folder` (relative to it), sorted; empty if there is none."""
         self.fs.invalidate_cache()
         base = self.path(folder)
         try:
-            found = self.fs.find(base)
+            with self._naming(folder):
+                found = self.fs.find(base)
         except FileNotFoundError:
             return []
         skip = len(base) + 1
@@ -105,7 +116,8 @@ class Store:
     def write(self, name: str, data: bytes) -> None:
         """Write or replace an object; on local disk by rename, so no reader sees half of it."""
         if not self.local:
-            self.fs.pipe_file(self.path(name), data)
+            with self._naming(name):
+                self.fs.pipe_file(self.path(name), data)
             return
         temporary = self._write_sibling(name, data)
         os.replace(temporary, self.path(name))
@@ -114,7 +126,8 @@ class Store:
         """Whole objects, fetched side by side where the filesystem can."""
         if not items:
             return []
-        found = self.fs.cat([self.path(name) for name in items])
+        with self._naming(items[0]):
+            found = self.fs.cat([self.path(name) for name in items])
         return [cast(bytes, found[self.path(name)]) for name in items]
 
     def create(self, name: str) -> DataFile:
@@ -122,7 +135,8 @@ class Store:
         if self.local:
             os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
             return DataFile(open(self.path(name), "xb"), sync=True)
-        return DataFile(self.fs.open(self.path(name), "wb"), sync=False)
+        with self._naming(name):
+            return DataFile(self.fs.open(self.path(name), "wb"), sync=False)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Create the object unless one is there. True for the caller who created it.
@@ -144,11 +158,51 @@ class Store:
                 f"index: {protocol}:// has no atomic create, so commits would not be safe; "
                 "use local disk, s3://, gs:// or abfs://"
             )
+        parameters = inspect.signature(getattr(self.fs, "_pipe_file", self.fs.pipe_file)).parameters
+        if not {"mode", "overwrite"} & set(parameters):  # adlfs takes `mode` among its `kwargs`
+            raise InputError(
+                f"index {self.uri}: {type(self.fs).__module__.split('.')[0]} is too old to create objects "
+                "atomically; upgrade it"
+            )
+        with self._naming(name):
+            return self._create_remote(name, data)
+
+    def _create_remote(self, name: str, data: bytes) -> bool:
+        for attempt in range(_CONFLICT_TRIES):
+            try:
+                self.fs.pipe_file(self.path(name), data, mode="create")
+                return True
+            except FileExistsError:
+                break
+            except OSError as error:
+                code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+                if code in _LOST:
+                    break
+                if code not in _CONFLICT or attempt + 1 == _CONFLICT_TRIES:
+                    raise
+                time.sleep(0.05 * 2**attempt)
+        return self.read(name) == data
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Make what a remote filesystem raises an OSError that names the object, as local disk does.
+
+        botocore's errors are none: no connection is a ConnectionError here, no credentials a
+        PermissionError.
+        """
         try:
-            self.fs.pipe_file(self.path(name), data, mode="create")
-        except FileExistsError:
-            return self.read(name) == data
-        return True
+            yield
+        except OSError as error:
+            if not self.local and error.filename is None:
+                error.strerror = error.strerror or one_line(error)
+                error.errno = error.errno or _ERRNO.get(type(error), errno.EIO)
+                error.filename = f"{self.uri.rstrip('/')}/{name}"
+            raise
+        except Exception as error:
+            if self.local or not type(error).__module__.startswith("botocore."):
+                raise
+            kind = PermissionError if "Credential" in type(error).__name__ else ConnectionError
+            raise kind(f"index {self.uri}: {one_line(error)}") from error
 
     def _link_if_absent(self, name: str, data: bytes) -> bool:
         temporary = self._write_sibling(name, data)

@@ -22,7 +22,7 @@ import torch
 
 from pipelines.chunks import Placed, PlacedDocument, capture, chunk_tables
 from pipelines.contexts import Context, ContextRule, context_rule, contexts, strip_bos, tokenize
-from pipelines.corpus import SourceFile, read_documents
+from pipelines.corpus import SourceFile, check_unchanged, read_documents
 from pipelines.ledger import Commit, Ledger, Unit
 from pipelines.partials import Moments, SampledDocuments, write_summary
 from pipelines.schema import LOCAL_MAX, key
@@ -33,13 +33,13 @@ from sae_runtime import suites
 from sae_runtime.bfloat import SUM_BITS, fixed_to_float, to_float
 from sae_runtime.encode import Encoder, Sparse, merge
 from sae_runtime.errors import DataError
-from sae_runtime.model import LanguageModel, ModelSource, load_tokenizer
+from sae_runtime.model import LanguageModel, ModelSource, load_tokenizer, on_this_machine
 from sae_runtime.sae import SaeInfo
 from sae_runtime.summaries import DocumentRows, Summary
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 CHUNK_TOKENS = {"cpu": 16384, "cuda": 131072}
-SEGMENT_ROWS = 1 << 24  # activation rows held before they are sorted and written
+SEGMENT_ROWS = 1 << 24  # rows of activations and document_features held before they are sorted and written
 SAMPLE_EVERY = 64  # counted tokens between those that the reconstruction error is measured on
 _TOKENIZE = 64  # documents given to the tokenizer at a time
 
@@ -52,6 +52,14 @@ class Work:
     group: int
     file: SourceFile
     run: int
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """The commit that stands for a piece of work; `own` if this attempt made it, not another first."""
+
+    commit: Commit
+    own: bool
 
 
 @dataclass(frozen=True)
@@ -77,14 +85,16 @@ class Scanner:
         self.setup = setup
         self.progress = progress
         self.store = Store(setup.index)
-        self.tokenizer = load_tokenizer(setup.source)
+        self.source = on_this_machine(setup.source)
+        self.tokenizer = load_tokenizer(self.source)
         self.rule: ContextRule = context_rule(setup.spec.context, self.tokenizer)
         self.group = -1
 
-    def scan(self, work: Work) -> Commit:
+    def scan(self, work: Work) -> Scanned:
         """Scan, write and commit; the commit that stands may be another attempt's.
 
-        Raises DataError for documents or activations that cannot be processed.
+        Raises DataError for documents or activations that cannot be processed, and for a file that
+        has changed since it was planned.
         """
         self.load(work.group)
         started = time.time()
@@ -112,8 +122,11 @@ class Scanner:
             files=writer.close(),
         )
         crash("before-commit")
-        Ledger(self.store).commit(commit)
-        return commit
+        check_unchanged(work.file, work.unit.digest)
+        ledger = Ledger(self.store)
+        if ledger.commit(commit):
+            return Scanned(commit, own=True)
+        return Scanned(ledger.commits()[commit.unit, commit.group], own=False)
 
     def load(self, group: int) -> None:
         """Have the model and the SAEs of a group ready."""
@@ -122,7 +135,7 @@ class Scanner:
         self.infos = self.setup.groups[group]
         sites = sorted({info.site for info in self.infos})
         model = self.setup.spec.model
-        self.model = LanguageModel(self.setup.source, sites, model.dtype, self.setup.device)
+        self.model = LanguageModel(self.source, sites, model.dtype, self.setup.device)
         self.encoders = [Encoder(suites.load(info), self.model.device) for info in self.infos]
         self.group = group
 
@@ -221,7 +234,10 @@ class _UnitScan:
         for i, (info, encoder) in enumerate(zip(self.s.infos, self.s.encoders, strict=True)):
             sparse = captured[info.site].in_chunk(encoder.encode(captured[info.site].x))
             self.errors[i] += encoder.squared_error(samples[info.site])
-            self.document_rows[i].append(self.summaries[i].update(sparse, chunk))
+            ended = self.summaries[i].update(sparse, chunk)
+            if info.keep != "none":
+                self.document_rows[i].append(ended)
+                self.segment_rows += len(ended.feature)
             kept = self.sampled.keep(i, sparse, chunk)
             if kept is not None:
                 self.segment[i].append(Sparse(kept.indptr, keys[kept.token], kept.code))
@@ -275,7 +291,7 @@ class _UnitScan:
         self.segment_rows = 0
 
     def _flush_documents(self, i: int, info: SaeInfo) -> None:
-        if info.keep == "none" or not self.document_rows[i]:
+        if not self.document_rows[i]:
             return
         columns = [np.concatenate(column) for column in zip(*self.document_rows[i], strict=True)]
         order = np.argsort(columns[0], kind="stable")
@@ -285,7 +301,7 @@ class _UnitScan:
             {
                 "sae": sae_column(info.id, len(order)),
                 "feature": rows.feature,
-                "document": rows.document + key(self.work.unit.ordinal),
+                "document": rows.document.astype(np.int64) + key(self.work.unit.ordinal),
                 "n_tokens": rows.tokens,
                 "max": to_float(rows.max),
                 "sum": fixed_to_float(rows.high, rows.low, SUM_BITS),
@@ -317,8 +333,8 @@ class _UnitScan:
 
 
 def device_name(device: str) -> str:
-    """What `runs.device` shows: the kind of device, with the GPU's model."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    """The kind of device, with the GPU's model where it is in this machine."""
+    return torch.cuda.get_device_name(device) if device == "cuda" and torch.cuda.is_available() else device
 
 
 def crash(point: str) -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pipelines.ledger import DataFileRecord
 from pipelines.schema import DATA, SCHEMAS, documents_schema, metadata_type
 from pipelines.storage import DataFile, Store
+from sae_runtime.errors import DataError
 
 ROWS_PER_GROUP = 1 << 18
 _DELTA = {"activations": "token", "document_features": "document"}
@@ -77,6 +78,8 @@ def sae_column(sae: str, rows: int) -> pa.Array:
 def windows_column(values: np.ndarray, start: np.ndarray, length: np.ndarray, kind: pa.DataType) -> pa.Array:
     """List column whose row i is values[start[i] : start[i] + length[i]]."""
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(length, dtype=np.int64)])
+    if offsets[-1] >= 1 << 31:
+        raise DataError("the windows of one SAE in one unit pass 2^31 entries; lower top_k or sample_k")
     index = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - start, length)
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values[index], kind))
 

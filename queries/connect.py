@@ -23,12 +23,14 @@ from pipelines.schema import (
     LOCAL_MAX,
     SCHEMAS,
     VOCABULARY,
+    VOCABULARY_SCHEMA,
     documents_schema,
     metadata_columns,
     metadata_type,
 )
 from pipelines.storage import Store
-from queries.relations import name, parquet, table, text, texts
+from queries.relations import name, parquet, table, texts
+from queries.remote import RemoteFiles
 from sae_runtime.errors import DataError, InputError, one_line
 
 _HERE = Path(__file__).parent
@@ -84,7 +86,7 @@ def connect(uri: str) -> duckdb.DuckDBPyConnection:
     statements = script(store)
     con = duckdb.connect(":memory:", config={"autoinstall_known_extensions": False})
     if not store.local:
-        con.register_filesystem(store.fs)
+        con.register_filesystem(RemoteFiles(store))
     try:
         for statement in statements:
             con.execute(statement)
@@ -105,7 +107,8 @@ def snapshot(store: Store) -> Snapshot:
     ledger = Ledger(store)
     identity = ledger.identity()
     if identity is None:
-        raise InputError(f"{store.uri}: no index here (no index.json); `corpuscope scan` makes one")
+        several = "; several indexes at once are not supported yet" if "," in store.uri else ""
+        raise InputError(f"{store.uri}: no index here (no index.json){several}; `corpuscope scan` makes one")
     # Commits before plans: a unit that is seen committed is then always in a plan that is seen.
     commits = ledger.commits()
     plans = ledger.plans()
@@ -152,7 +155,7 @@ def _values(store: Store, found: Snapshot) -> dict[str, str]:
         "units": table(units, {"ordinal": "BIGINT", "run": "INTEGER", "corpus_order": "BIGINT"}),
         "declared_saes": table([_sae_row(sae, found.identity) for sae in saes], _SAE_COLUMNS),
         "runs": table(_run_rows(found), _RUN_COLUMNS),
-        "vocabulary": f"read_parquet([{text(store.url(VOCABULARY))}])",
+        "vocabulary": parquet([store.url(VOCABULARY)] if found.plans else [], VOCABULARY_SCHEMA),
         "metadata": "".join(f", {name(column)}" for column in metadata_columns(metadata).values()),
         "length": str(fixed["context.length"]),
         "local_max": str(LOCAL_MAX),

@@ -23,14 +23,19 @@ SELECT document, 0::INTEGER AS segment, 'text' AS role, 0::INTEGER AS start, _le
 CREATE VIEW contexts AS SELECT context, document, start, first, tokens, counted FROM $contexts;
 
 -- An SAE whose `keep` leaves rows out has none here: asking for it is an error, never a partial answer.
+-- Every column of the guard is an error too, so that a filter on any of them meets it instead of a NULL.
 CREATE VIEW activations AS
 SELECT sae, feature, token // $length AS context, (token % $length)::INTEGER AS position, activation
 FROM $activations
 WHERE NOT list_contains($not_kept_tokens, sae)
 UNION ALL
-SELECT sae, NULL, NULL, NULL, NULL FROM (SELECT unnest($not_kept_tokens) AS sae)
-WHERE error('activations of ' || sae || ' were not all kept (`keep` of the spec); `saes` shows each keep, '
-    || '`sampled_activations` holds the rows of sampled documents') IS NULL;
+SELECT sae, error(why)::INTEGER, error(why)::BIGINT, error(why)::INTEGER, error(why)::FLOAT
+FROM (
+    SELECT sae, 'activations of ' || sae || ' were not all kept (`keep` of the spec); `saes` shows each keep, '
+        || '`sampled_activations` holds the rows of sampled documents' AS why
+    FROM (SELECT unnest($not_kept_tokens) AS sae)
+)
+WHERE error(why) IS NULL;
 
 CREATE VIEW sampled_activations AS
 SELECT sae, feature, token // $length AS context, (token % $length)::INTEGER AS position, activation
@@ -39,8 +44,12 @@ FROM $activations;
 CREATE VIEW document_features AS
 SELECT sae, feature, document, n_tokens, max, sum FROM $document_features
 UNION ALL
-SELECT sae, NULL, NULL, NULL, NULL, NULL FROM (SELECT unnest($not_kept_documents) AS sae)
-WHERE error('document_features of ' || sae || ' were not kept (`keep: none` of the spec)') IS NULL;
+SELECT sae, error(why)::INTEGER, error(why)::BIGINT, error(why)::INTEGER, error(why)::FLOAT, error(why)::DOUBLE
+FROM (
+    SELECT sae, 'document_features of ' || sae || ' were not kept (`keep: none` of the spec)' AS why
+    FROM (SELECT unnest($not_kept_documents) AS sae)
+)
+WHERE error(why) IS NULL;
 
 -- Reconstruction error and L0. Lists are added in unit order, so that doubles add up alike each time.
 CREATE VIEW saes AS

@@ -40,6 +40,8 @@ class Encoder:
     """One SAE ready to encode on a device; the weights are held transposed, float32."""
 
     def __init__(self, weights: SaeWeights, device: torch.device) -> None:
+        if device.type == "cuda":  # TF32 would not be float32
+            torch.backends.cuda.matmul.allow_tf32 = False
         self.device = device
         self.weight = weights.W_enc.T.contiguous().to(device)  # [width, d_in]
         self.bias = weights.b_enc[:, None].to(device)  # [width, 1]
@@ -51,6 +53,8 @@ class Encoder:
     @torch.inference_mode()
     def encode(self, x: torch.Tensor) -> Sparse:
         """Active pairs for `x` [tokens, d_in], any float dtype, on the encoder's device."""
+        if not len(x):
+            return Sparse(np.zeros(self.width + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.uint16))
         blocks = []
         for start in range(0, len(x), TOKENS_PER_BLOCK):
             columns = x[start : start + TOKENS_PER_BLOCK].float().T

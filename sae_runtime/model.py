@@ -105,6 +105,13 @@ def site_paths(source: ModelSource, sites: Sequence[Site]) -> dict[Site, tuple[s
     return {tap.site: (tap.path, tap.width) for tap in taps}
 
 
+def on_this_machine(source: ModelSource) -> ModelSource:
+    """`source` with a path that is here: another machine's converted GGUF file is converted here too."""
+    if source.uri.endswith(".gguf") and not Path(source.path).is_dir():
+        return locate(source.uri)
+    return source
+
+
 class LanguageModel:
     """A truncated model with taps on the sites that are needed.
 
@@ -251,7 +258,8 @@ def _digest_dir(path: Path) -> str:
 def _digest_files(files: Sequence[Path]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        digest.update(file.name.encode() + b"\0")
+        if len(files) > 1:  # a single file may be renamed and is still the same model
+            digest.update(file.name.encode() + b"\0")
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)

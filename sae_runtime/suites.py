@@ -50,11 +50,6 @@ def find(
     if not known:
         raise InputError(f"saes.uri: no layer_*/width_*/average_l0_*/{_FILE} under {uri}")
     chosen = _select(suite, known, select)
-    if not chosen:
-        some = ", ".join(list(known)[:3])
-        raise InputError(
-            f"saes.select: {_words(select)} matches none of {len(known)} SAEs in {uri}, e.g. {some}"
-        )
     kind = site or _site_of(suite, uri)
     found = []
     for path in chosen:
@@ -124,14 +119,26 @@ def _trained_on(suite: str) -> str | None:
 
 
 def _select(suite: str, known: dict[str, re.Match[str]], select: Sequence[str] | None) -> list[str]:
+    """Paths that any of the patterns names. Every pattern must name one."""
     if not select:
         return list(known)
-    if tuple(select) == ("canonical",):
-        return _canonical(known)
+    chosen: set[str] = set()
+    for pattern in select:
+        named = _canonical(known) if pattern == "canonical" else _matching(suite, known, pattern)
+        if not named:
+            raise InputError(
+                f"saes.select: {pattern!r} matches none of {len(known)} SAEs of {suite}, "
+                f"e.g. {', '.join(list(known)[:3])}"
+            )
+        chosen.update(named)
+    return [path for path in known if path in chosen]
+
+
+def _matching(suite: str, known: dict[str, re.Match[str]], pattern: str) -> list[str]:
     return [
         path
         for path in known
-        if any(fnmatch.fnmatchcase(path, s) or fnmatch.fnmatchcase(f"{suite}/{path}", s) for s in select)
+        if fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(f"{suite}/{path}", pattern)
     ]
 
 
@@ -141,10 +148,6 @@ def _canonical(known: dict[str, re.Match[str]]) -> list[str]:
         l0 = float(match[3])
         groups.setdefault((match[1], match[2]), []).append((abs(l0 - 100), l0, path))
     return [min(group)[2] for group in groups.values()]
-
-
-def _words(select: Sequence[str] | None) -> str:
-    return ", ".join(repr(s) for s in select or ())
 
 
 def _shape(fs: Any, file: str) -> tuple[int, int]:

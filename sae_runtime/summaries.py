@@ -28,7 +28,7 @@ from sae_runtime.jit import inlined, jit
 WINDOW = 64  # positions on either side of the maximum whose activations are kept
 ENDING = 16  # tokens that must differ for two documents to be both among the top
 _STRATA = 262  # bfloat16 exponents, -133 .. 128
-_INFINITE = 0x7F80
+_TOO_LARGE = 0x4F00  # code of 2^31, whose square still fits the sums
 
 
 class Chunk(NamedTuple):
@@ -172,12 +172,12 @@ class Summary:
     def update(self, sparse: Sparse, chunk: Chunk) -> DocumentRows:
         """Take in a chunk's activations; `sparse.token` indexes the chunk's counted tokens.
 
-        Returns the rows of documents that ended. Raises DataError for an infinite activation.
+        Returns the rows of documents that ended. Raises DataError for an activation of 2^31 or more.
         """
-        if sparse.rows and int(sparse.code.max()) >= _INFINITE:
+        if sparse.rows and int(sparse.code.max()) >= _TOO_LARGE:
             token = int(sparse.token[int(sparse.code.argmax())])
             where = f"context {chunk.context[token]} of the unit, position {chunk.position[token]}"
-            raise DataError(f"{where}: an activation of {self.sae} is too large for bfloat16")
+            raise DataError(f"{where}: an activation of {self.sae} is 2^31 or more")
         groups, rows = _count(
             sparse.indptr, sparse.token, sparse.code, chunk, _BINS, self.counts, self.top, self.open
         )

@@ -216,9 +216,9 @@ def test_each_context_is_sampled_equally_often():
     assert chi2 < 85  # 39 degrees of freedom: beyond the 99.99th percentile
 
 
-def test_an_infinite_activation_is_an_error():
+def test_an_activation_whose_square_would_not_fit_the_sums_is_an_error():
     summary = Summary.empty("s", 1, 1, 1)
     one = np.zeros(1, np.int32)
     chunk = Chunk(one, one, 0, one, np.zeros(1, np.uint64), one, np.array([0, 1], np.int64), -1, -1)
-    with pytest.raises(DataError, match="too large"):
-        summary.update(Sparse(np.array([0, 1]), one, np.array([0x7F80], np.uint16)), chunk)
+    with pytest.raises(DataError, match=r"2\^31 or more"):
+        summary.update(Sparse(np.array([0, 1]), one, np.array([0x4F00], np.uint16)), chunk)

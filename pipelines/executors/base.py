@@ -25,10 +25,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Committed:
-    """An item is done."""
+    """An item is done; `own` if this scan did it, not another one first."""
 
     work: Work
     commit: Commit
+    own: bool = True
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class InlineExecutor:
 
         self.scanner.progress = progress
         try:
-            commit = self.scanner.scan(work)
+            scanned = self.scanner.scan(work)
         except DataError as error:
             observe(Failed(work, str(error)))
         except InputError:
@@ -47,4 +47,4 @@ class InlineExecutor:
         except Exception as error:
             observe(Failed(work, f"{type(error).__name__}: {one_line(error)}", traceback.format_exc()))
         else:
-            observe(Committed(work, commit))
+            observe(Committed(work, scanned.commit, scanned.own))

@@ -103,7 +103,7 @@ class ScanWorker:
         self.done = (0, 0)
 
     def run(self, work: Work) -> Any:
-        """The unit's Commit, or (kind, message, traceback) of what went wrong."""
+        """What `Scanner.scan` returns, or (kind, message, traceback) of what went wrong."""
         self.done = (0, 0)
         try:
             if self.scanner is None:
@@ -175,7 +175,7 @@ class RayExecutor:
             observe(Failed(work, f"worker lost {attempt} times: {one_line(error)}"))
             return False
         if not isinstance(result, tuple):
-            observe(Committed(work, result))
+            observe(Committed(work, result.commit, result.own))
             return False
         kind, message, detail = result
         if kind == "input":

@@ -1,0 +1,332 @@
+"""S3 by its own protocol: s3fs over HTTP to a moto server on loopback, compared with local disk.
+
+The undisturbed index is `tiny_index`; the same scan with corpus and index in a bucket must give its rows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from pipelines.storage import Store
+from sae_runtime.errors import CorpuscopeError, InputError
+
+_REASON = "needs moto[server] and s3fs, which the dev group installs"
+moto_server = pytest.importorskip("moto.server", reason=_REASON, exc_type=ImportError)
+s3fs = pytest.importorskip("s3fs", reason=_REASON, exc_type=ImportError)
+
+ROOT = Path(__file__).parent.parent
+UNITS = 24
+BUCKET = "bucket"
+INDEX = f"s3://{BUCKET}/index"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Any]:
+    """A bucket on a server of this module's own, and s3fs configured for it by environment alone."""
+    server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            patch.setenv(name, os.devnull)
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "HTTP_PROXY", "http_proxy"):
+            patch.delenv(name, raising=False)
+        s3fs.S3FileSystem.clear_instance_cache()
+        fs = s3fs.S3FileSystem()
+        fs.mkdir(BUCKET)
+        yield fs
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def s3_corpus(s3: Any, tiny_corpus: Path) -> str:
+    """Glob over the tiny corpus in the bucket."""
+    for file in sorted(tiny_corpus.iterdir()):
+        s3.pipe_file(f"{BUCKET}/corpus/{file.name}", file.read_bytes())
+    return f"s3://{BUCKET}/corpus/*.jsonl"
+
+
+@pytest.fixture(scope="module")
+def s3_spec(
+    s3_corpus: str, write_spec: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return write_spec(tmp_path_factory.mktemp("s3"), corpus={"uri": s3_corpus}, index=f"s3://{BUCKET}/index")
+
+
+@pytest.fixture(scope="module")
+def orphans(s3: Any, s3_spec: Path) -> set[str]:
+    """Data files of a scan that ended at the worst moment: a unit's data written, its commit not."""
+    crashed = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "scan", str(s3_spec), "--executor", "inline"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "CORPUSCOPE_CRASH": "before-commit"},
+    )  # fmt: skip
+    assert crashed.returncode == 137, crashed.stderr
+    shown = tiny.views(INDEX)
+    assert [len(shown[view]) for view in ("documents", "contexts", "activations")] == [0, 0, 0]
+    assert Store(INDEX).entries("commits") == []
+    return set(objects(s3, "index/data"))
+
+
+@pytest.fixture(scope="module")
+def s3_index(s3_spec: Path, orphans: set[str], scan_inline: Callable[..., Any]) -> str:
+    """The crashed scan, resumed."""
+    outcome = scan_inline(s3_spec)
+    assert (outcome.items, outcome.failed) == (UNITS, ())
+    return INDEX
+
+
+@pytest.fixture(scope="module")
+def s3_views(s3_index: str) -> dict[str, list[tuple[Any, ...]]]:
+    return tiny.views(s3_index)
+
+
+def objects(s3: Any, folder: str) -> dict[str, tuple[str, Any]]:
+    """ETag and time of every object."""
+    s3.invalidate_cache()
+    found = s3.find(f"{BUCKET}/{folder}", detail=True)
+    return {path: (info["ETag"], info["LastModified"]) for path, info in found.items()}
+
+
+def test_a_crashed_and_resumed_scan_from_bucket_to_bucket_has_the_rows_of_local_disk(
+    s3: Any, s3_views: dict[str, list[tuple[Any, ...]]], tiny_index: Path, orphans: set[str]
+) -> None:
+    assert not tiny.differences(tiny.views(tiny_index), s3_views)
+    assert orphans
+    assert orphans < set(objects(s3, "index/data")), "workers never delete; gc does"
+
+
+def test_it_is_read_without_duckdb_extensions_for_http(s3_index: str) -> None:
+    import queries
+
+    con = queries.connect(s3_index)
+    assert con.sql("SELECT count(*) > 0 FROM activations").fetchall() == [(True,)]
+    query = "SELECT count(*) FROM duckdb_extensions() WHERE extension_name IN ('httpfs', 'aws') AND loaded"
+    assert con.sql(query).fetchall() == [(0,)]
+
+
+def test_again_is_a_no_op(
+    s3: Any, s3_spec: Path, s3_index: str, scan_inline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("pipelines.unit.LanguageModel", refuse)
+    before = objects(s3, "index")
+    assert scan_inline(s3_spec).items == 0
+    assert objects(s3, "index") == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sql", "INDEX", "SELECT * FROM features ORDER BY ALL"),
+        ("feature", "INDEX", tiny.SAES[0].path, "9"),
+        ("features", "INDEX", tiny.SAES[0].path, "--limit", "5"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_commands_answer_as_on_local_disk(
+    s3_index: str, tiny_index: Path, arguments: tuple[str, ...]
+) -> None:
+    assert command(s3_index, *arguments) == command(str(tiny_index), *arguments) != []
+
+
+def test_status_is_that_of_local_disk(s3_index: str, tiny_index: Path) -> None:
+    found, wanted = command(s3_index, "status", "INDEX")[0], command(str(tiny_index), "status", "INDEX")[0]
+    assert found.pop("index") == s3_index
+    assert found["state"] == "complete"
+    for each in (found, wanted):
+        each.pop("index", None), each.pop("last_commit"), each.pop("bytes")
+    assert found == wanted
+
+
+def command(index: str, *arguments: str) -> list[dict[str, Any]]:
+    """What a command prints as JSON, with INDEX filled in."""
+    from jobs.cli import cli
+
+    filled = [index if argument == "INDEX" else argument for argument in arguments]
+    ran = CliRunner().invoke(cli, [*filled, "--format", "json"], catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    return list(json.loads(ran.stdout))
+
+
+def test_an_index_moved_to_local_disk_is_the_same(
+    s3: Any, s3_views: dict[str, list[tuple[Any, ...]]], tmp_path: Path
+) -> None:
+    s3.get(f"{BUCKET}/index/", f"{tmp_path}/moved/", recursive=True)
+    assert not tiny.differences(s3_views, tiny.views(tmp_path / "moved"))
+
+
+def test_keys_and_changes(
+    s3: Any, tmp_path: Path, tiny_corpus: Path, write_spec: Callable[..., Path],
+    scan_inline: Callable[..., Any],
+) -> None:  # fmt: skip
+    """Keys that a URL would escape; a folder's marker; an ETag tells a change that size does not."""
+    import queries
+
+    names = ["a/b c.jsonl", "a/é[1]#+%41&=.jsonl", "a/z.jsonl"]
+    for name, file in zip(names, sorted(tiny_corpus.iterdir()), strict=False):
+        s3.pipe_file(f"{BUCKET}/keys/{name}", file.read_bytes())
+    s3.pipe_file(f"{BUCKET}/keys/a/", b"")
+    index = f"s3://{BUCKET}/keys index"
+    spec = write_spec(tmp_path, corpus={"uri": f"s3://{BUCKET}/keys/**/*.jsonl"}, index=index)
+    assert scan_inline(spec).items == 3
+    documents = "SELECT DISTINCT source FROM documents ORDER BY 1"
+    assert queries.connect(index).sql(documents).fetchall() == [(name,) for name in sorted(names)]
+    path = f"{BUCKET}/keys/{names[-1]}"
+    s3.pipe_file(path, s3.cat_file(path).replace(b"e", b"o", 1))
+    assert scan_inline(spec, allow_removal=True).items == 1
+
+
+# --- the storage door
+
+
+def test_of_sixteen_writers_one_wins(s3: Any) -> None:
+    for turn in range(5):
+        name, barrier = f"commits/{turn}.json", threading.Barrier(16)
+
+        def race(i: int, name: str = name, barrier: threading.Barrier = barrier) -> tuple[bool, bytes, bytes]:
+            store, data = Store(f"s3://{BUCKET}/race"), f"racer {i} ".encode() * 500
+            barrier.wait()
+            return store.put_if_absent(name, data), data, store.read(name)
+
+        with ThreadPoolExecutor(16) as pool:
+            results = list(pool.map(race, range(16)))
+        winners = [data for won, data, _ in results if won]
+        assert len(winners) == 1
+        assert {read for _, _, read in results} == {winners[0]}
+    assert Store(f"s3://{BUCKET}/race").entries("commits") == [f"{turn}.json" for turn in range(5)]
+
+
+def answering(*codes: str) -> Callable[..., Any]:
+    """A `pipe_file` to which the server first answers `codes`, as s3fs words them, then does its work."""
+    from botocore.exceptions import ClientError
+    from s3fs.errors import translate_boto_error
+
+    left = list(codes)
+
+    def pipe(self: Any, path: str, value: bytes, **kwargs: Any) -> Any:
+        if left:
+            raise translate_boto_error(ClientError({"Error": {"Code": left.pop(0)}}, "PutObject"))
+        return type(self).pipe_file(self, path, value, **kwargs)
+
+    return pipe
+
+
+def test_a_conflict_is_tried_again_and_a_lost_race_is_no_error(
+    s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWS answers 409 to creations that meet; some servers answer 412 without naming the condition."""
+    store = Store(f"s3://{BUCKET}/answers")
+
+    def answers(*codes: str) -> None:
+        monkeypatch.setattr(store.fs, "pipe_file", answering(*codes).__get__(store.fs))
+
+    answers("ConditionalRequestConflict", "ConditionalRequestConflict")
+    assert store.put_if_absent("a", b"mine")
+    answers("ConditionalRequestConflict")
+    assert not store.put_if_absent("a", b"theirs")
+    answers("PreconditionFailed")
+    assert not store.put_if_absent("a", b"theirs")
+    answers("InternalError")
+    with pytest.raises(OSError, match="InternalError"):
+        store.put_if_absent("b", b"mine")
+    assert (store.read("a"), store.exists("b")) == (b"mine", False)
+
+
+def test_an_s3fs_that_would_overwrite_is_refused(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2024.12 it took `mode="create"` among its `kwargs` and dropped it."""
+
+    async def old(self: Any, path: str, data: bytes, chunksize: int = 1, **kwargs: Any) -> None:
+        raise AssertionError("written")
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_pipe_file", old)
+    with pytest.raises(InputError, match="s3fs is too old"):
+        Store(f"s3://{BUCKET}/old").put_if_absent("a", b"1")
+
+
+def test_threads_share_a_file(s3: Any) -> None:
+    """As DuckDB does; every read is of the place that its own thread sought."""
+    from queries.remote import SMALL, RemoteFiles
+
+    data = random.Random(0).randbytes(3 * SMALL)
+    store = Store(f"s3://{BUCKET}/shared")
+    for name, size in (("large", 3 * SMALL), ("small", SMALL)):
+        store.write(name, data[:size])
+        with RemoteFiles(store).open(store.url(name)) as stream:
+
+            def read(seed: int, stream: Any = stream, size: int = size) -> bool:
+                rng = random.Random(seed)
+                for _ in range(15):
+                    start = stream.seek(rng.randrange(size))
+                    if (stream.read(1000), stream.read(7)) != (
+                        data[start : min(size, start + 1000)],
+                        data[start + 1000 : min(size, start + 1007)],
+                    ):
+                        return False
+                return True
+
+            with ThreadPoolExecutor(8) as pool:
+                assert all(pool.map(read, range(8)))
+
+
+# --- what a user can get wrong
+
+
+def test_a_missing_bucket_is_named(s3_spec: Path, scan_inline: Callable[..., Any]) -> None:
+    with pytest.raises(FileNotFoundError) as missing:
+        scan_inline(s3_spec, "s3://no-such-bucket/index")
+    assert missing.value.filename == "s3://no-such-bucket/index/index.json"
+    assert missing.value.strerror == "The specified bucket does not exist"
+    with pytest.raises(CorpuscopeError, match="s3://no-such-bucket/index"):
+        command_error("status", "s3://no-such-bucket/index")
+
+
+@pytest.mark.parametrize(
+    ("variables", "kind"),
+    [
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, ConnectionError),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, PermissionError),
+    ],
+    ids=["no server", "no credentials"],
+)
+def test_no_way_to_the_index_is_one_line(
+    s3: Any, variables: dict[str, str], kind: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(kind, match=f"index {INDEX}: ") as failed:
+            command_error("status", INDEX)
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+    assert "\n" not in str(failed.value)
+
+
+def command_error(*arguments: str) -> None:
+    from jobs.cli import cli
+
+    cli.main(list(arguments), standalone_mode=False)
