@@ -14,7 +14,18 @@ from typing import Any
 
 import click
 
-from jobs.output import ago, console, count, format_option, in_color, message, placed, print_facts, print_rows
+from jobs.output import (
+    ago,
+    console,
+    count,
+    format_option,
+    in_color,
+    message,
+    placed,
+    print_facts,
+    print_rows,
+    show,
+)
 from sae_runtime.errors import CorpuscopeError, InputError, Interrupted, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
@@ -205,8 +216,7 @@ def feature(index: str, sae: str, number: int, k: int, format_: str) -> None:
     if len(found["contexts"]) < min(k, found["n_documents"]):
         message(f"note: {len(found['contexts'])} contexts are kept of this feature (`top_k` of the spec)")
     if format_ == "table":
-        out = console()
-        out.print(feature_view(found, color=in_color(out)))
+        show(feature_view(found, color=in_color(console())))
     elif format_ == "csv":
         contexts = ({"sae": name, "feature": number, **context} for context in found["contexts"])
         print_rows(contexts, format_, ("sae", "feature", *CONTEXT_COLUMNS))

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import click
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -49,6 +49,17 @@ def console(stderr: bool = False) -> Console:
 def in_color(out: Console) -> bool:
     """Whether shades will show: a terminal that has colours and a person who wants them."""
     return out.is_terminal and out.color_system is not None and not out.no_color
+
+
+def show(view: RenderableType) -> None:
+    """Print to stdout; elsewhere than on a terminal without the blanks that fill a line."""
+    out = console()
+    if out.is_terminal:
+        out.print(view)
+        return
+    with out.capture() as captured:
+        out.print(view)
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def message(text: str) -> None:
@@ -116,7 +127,7 @@ def print_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
         table.add_column(escape(name), justify=justify, overflow="fold", no_wrap=numeric)
     for values in zip(*cells.values(), strict=True):
         table.add_row(*map(escape, values))
-    out.print(table)
+    show(table)
     if not rows:
         message("(no rows)")
 
@@ -128,7 +139,7 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(escape(name), escape(value))
-    console().print(table)
+    show(table)
 
 
 def _print_json(rows: Iterable[dict[str, Any]]) -> None:

@@ -69,6 +69,8 @@ def reading(path: str) -> Iterator[None]:
         raise InputError(f"corpus.uri: {path} cannot be opened: {one_line(error)}") from error
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pa.ArrowException) as error:
         raise DataError(f"{path}: damaged or not what its name says: {one_line(error)}") from error
+    except (ConnectionError, TimeoutError):
+        raise
     except OSError as error:
         if error.errno is not None:
             raise
