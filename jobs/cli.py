@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from jobs.output import (
     ago,
@@ -213,7 +214,8 @@ def feature(index: str, sae: str, number: int, k: int, format_: str) -> None:
     con = connect(index)
     name = resolve_sae(con, sae)
     found = look_up(con, name, number, k)
-    if len(found["contexts"]) < min(k, found["n_documents"]):
+    asked = click.get_current_context().get_parameter_source("k") is not ParameterSource.DEFAULT
+    if asked and len(found["contexts"]) < min(k, found["n_documents"]):
         message(f"note: {len(found['contexts'])} contexts are kept of this feature (`top_k` of the spec)")
     if format_ == "table":
         show(feature_view(found, color=in_color(console())))

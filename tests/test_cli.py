@@ -868,3 +868,13 @@ def test_a_closed_pipe_is_no_error(tiny_index: Path) -> None:
         cwd=ROOT, env=os.environ | {"PYTHONPATH": "."},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "range\n", "")
+
+
+def test_asking_for_more_contexts_than_were_kept_says_so(
+    tiny_index: Path, corpuscope: Callable[..., Done]
+) -> None:
+    sae = "tiny-res/layer_1/width_37/average_l0_2"
+    done = corpuscope("feature", tiny_index, sae, 6, "-k", 50, "--format", "json")
+    assert done.code == 0
+    kept = len(done.rows[0]["contexts"])
+    assert f"note: {kept} contexts are kept of this feature" in done.err
