@@ -1,0 +1,53 @@
+"""The CUDA path against the reference; `make gpu` runs it where there is a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import queries
+from sae_runtime import reference
+from sae_runtime.bfloat import to_float
+from sae_runtime.encode import Encoder
+from sae_runtime.sae import SaeWeights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+
+def test_the_encoder_on_a_gpu_is_the_reference_up_to_float32_rounding():
+    generator = torch.Generator().manual_seed(0)
+    d, m, tokens = 96, 5001, 3000
+    weight = torch.randn(d, m, generator=generator) / d**0.5
+    zeros = torch.zeros(m)
+    sae = SaeWeights(weight, zeros, zeros + 2.0, weight.T.contiguous(), torch.zeros(d))
+    x = torch.randn(tokens, d, generator=generator).bfloat16()
+    found = Encoder(sae, torch.device("cuda")).encode(x.cuda())
+    dense = np.zeros((tokens, m), np.float32)
+    dense[found.token, np.repeat(np.arange(m), np.diff(found.indptr))] = to_float(found.code)
+    pre = x.float() @ sae.W_enc
+    border = (pre - 2.0).abs() <= 2.0**-19 * x.float().norm(dim=1)[:, None] * sae.W_enc.norm(dim=0)
+    wanted = reference.stored(reference.encode(x, sae)).numpy()
+    wrong = ((dense > 0) != (wanted > 0)) & ~border.numpy()
+    assert not wrong.any()
+    both = (dense > 0) & (wanted > 0)
+    assert np.abs(dense[both] / wanted[both] - 1).max() <= 2.0**-7
+    assert (dense[both] != wanted[both]).mean() < 0.01
+
+
+def test_a_scan_on_a_gpu_gives_the_same_documents_and_nearly_the_same_rows(
+    tmp_path, write_spec, scan_inline, tiny_index
+):
+    assert not scan_inline(write_spec(tmp_path, model={"device": "cuda"})).failed
+    cpu, gpu = queries.connect(str(tiny_index)), queries.connect(str(tmp_path / "index"))
+    assert not tiny.differences(
+        {view: cpu.sql(f"FROM {view} ORDER BY ALL").fetchall() for view in ("contexts", "vocabulary")},
+        {view: gpu.sql(f"FROM {view} ORDER BY ALL").fetchall() for view in ("contexts", "vocabulary")},
+    )
+    rows = "SELECT sum(n_tokens) FROM features"
+    a, b = (con.sql(rows).fetchall()[0][0] for con in (cpu, gpu))
+    assert abs(a - b) <= 0.001 * a
