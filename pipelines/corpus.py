@@ -1,4 +1,4 @@
-"""The corpus: which files there are, where to cut them, and their rows as typed documents.
+"""The rows of corpus files: where to cut them into spans, and what they are as typed documents.
 
 Invariant: rows are numbered from 0 in file order (a text file is one row; blank lines of JSON lines
 are none), `index_file` and `read_documents` agree on that numbering, and documents do not depend on
@@ -16,49 +16,23 @@ Planning such a file (every line is parsed, to count text) runs at 260, 190 and 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import decimal
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import readers
+from pipelines.columns import convert, schema_type, value_type, widen
+from pipelines.files import SourceFile
 from pipelines.schema import METADATA_TYPES
 from pipelines.spec import CorpusSource
-from sae_runtime.errors import DataError, InputError, one_line
+from sae_runtime.errors import DataError, InputError
 
 SPAN_ROWS = 1 << 16  # most rows of a span, however little text they have
 HEAD = 1000  # rows of a file that say which columns it has, and values of a column that say its type
-ENDINGS = {
-    "jsonl": ("jsonl", "ndjson", "json"),
-    "parquet": ("parquet", "pq"),
-    "arrow": ("arrow", "feather", "ipc"),
-    "text": ("txt", "md", "rst", "py", "html", "tex"),
-}
-FORMAT_OF = {ending: name for name, endings in ENDINGS.items() for ending in endings}
-_ETAGS = ("ETag", "etag", "blob_id")
-_TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created", "date_time")
-_INT64 = range(-(1 << 63), 1 << 63)
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of the corpus."""
-
-    source: int  # index of the spec's source
-    corpus: str  # documents.corpus: the source's name, else the file name's stem
-    uri: str  # what fsspec opens
-    path: str  # relative to the glob's fixed part; the base name where there is no wildcard
-    format: str  # jsonl | parquet | arrow | text
-    size: int  # bytes as stored; 0 where the filesystem does not say
-    stamp: str  # etag, or times of change, or "": with size, says whether a known digest still holds
 
 
 @dataclass(frozen=True)
@@ -89,208 +63,6 @@ class Document:
     id: str | None
     text: str
     metadata: tuple[Any, ...]
-
-
-# --- files
-
-
-def list_files(sources: Sequence[CorpusSource]) -> list[SourceFile]:
-    """The corpus's files in corpus order: source, then path relative to the glob's fixed part.
-
-    A file that several URIs of a source match counts once, as the first of them has it. InputError
-    for a URI that matches nothing or is a directory, an unknown format, and a path that occurs twice.
-    """
-    return [file for index, source in enumerate(sources) for file in _source_files(index, source)]
-
-
-def check_unchanged(file: SourceFile, digest: str) -> None:
-    """DataError if a file's bytes are no longer those of `digest`; they are read only if its stamp moved."""
-    fs, path = fsspec.core.url_to_fs(file.uri)
-    fs.invalidate_cache()
-    info = _info(fs, path)
-    if info is not None and (info.get("size") or 0, _stamp(info)) == (file.size, file.stamp):
-        return
-    found = hashlib.blake2b(digest_size=16)
-    if info is not None:
-        with fs.open(path, "rb") as stream:
-            while block := stream.read(1 << 22):
-                found.update(block)
-    if info is None or found.hexdigest() != digest:
-        raise DataError(f"{file.path}: it has changed since the scan was planned; scan again")
-
-
-def _source_files(index: int, source: CorpusSource) -> list[SourceFile]:
-    found: dict[str, SourceFile] = {}
-    uris: set[str] = set()
-    for pattern in source.uri:
-        for uri, path, info in _matches(pattern):
-            if uri in uris:
-                continue
-            uris.add(uri)
-            if path in found:
-                raise InputError(
-                    f"corpus.uri: {found[path].uri} and {uri} have the same relative path {path}; "
-                    "use one glob above both, or a source each"
-                )
-            found[path] = SourceFile(
-                index, source.name or _stem(path), uri, path, _format(path, source), info.get("size") or 0,
-                _stamp(info),
-            )  # fmt: skip
-    return [found[path] for path in sorted(found)]
-
-
-def _matches(uri: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(URI, relative path, fsspec's info) of each file that a URI or glob names."""
-    try:
-        fs, pattern = fsspec.core.url_to_fs(uri)
-        fs.invalidate_cache()
-        exact = _info(fs, pattern)  # first: a name may hold a bracket, and a URL a question mark
-        glob = exact is None and any(sign in pattern for sign in "*?[")
-        found = fs.glob(pattern, detail=True) if glob else {pattern: exact} if exact else {}
-    except Exception as error:  # each filesystem has errors of its own for credentials and names
-        raise InputError(f"corpus.uri: {uri}: {one_line(error)}") from error
-    if exact and exact["type"] == "directory":
-        raise InputError(f"corpus.uri: {uri} is a directory; name its files, as in {uri.rstrip('/')}/*.jsonl")
-    found = {path: info for path, info in found.items() if info["type"] != "directory"}
-    if not found:
-        raise InputError(f"corpus.uri: no file matches {uri}")
-    fixed = _fixed_part(pattern) if glob else None
-    for path, info in found.items():
-        if info["type"] != "file":
-            raise InputError(f"corpus.uri: {path} is not a file or a link to one; remove it or narrow {uri}")
-        inside = fixed is not None and path.startswith(fixed)
-        yield _uri(fs, uri, path), path[len(fixed or "") :] if inside else path.rsplit("/", 1)[-1], info
-
-
-def _info(fs: Any, path: str) -> dict[str, Any] | None:
-    try:
-        return fs.info(path)
-    except FileNotFoundError:
-        return None
-
-
-def _fixed_part(pattern: str) -> str:
-    """The directories before the first wildcard, with the slash after them."""
-    first = min(pattern.index(sign) for sign in "*?[" if sign in pattern)
-    return pattern[: pattern.rfind("/", 0, first) + 1]
-
-
-def _uri(fs: Any, pattern: str, path: str) -> str:
-    """What opens `path`: plain on local disk, else with its scheme and the chain it was found through."""
-    head, chained, rest = pattern.partition("::")
-    if chained:  # "zip://*.jsonl::x.zip" or "simplecache::s3://bucket/*.jsonl"
-        outer = f"{head.split('://')[0]}://{path}::{rest}"
-        return outer if "://" in head else f"{head}::{fs.unstrip_protocol(path)}"
-    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-    return path if "file" in protocols else fs.unstrip_protocol(path)
-
-
-def _stamp(info: dict[str, Any]) -> str:
-    """The entity tag, else all times known: on local disk a write that restores mtime moves ctime."""
-    for key in _ETAGS:
-        if info.get(key):
-            return str(info[key])
-    return "/".join(str(info[key]) for key in _TIMES if info.get(key))
-
-
-def _stem(path: str) -> str:
-    return PurePosixPath(readers.split_name(path)[0]).stem
-
-
-def _format(path: str, source: CorpusSource) -> str:
-    if source.format != "auto":
-        return source.format
-    ending = PurePosixPath(readers.split_name(path)[0]).suffix.lower().lstrip(".")
-    if ending not in FORMAT_OF:
-        raise InputError(f"corpus.format: the name of {path} does not say a format; set `format:` to one of "
-                         f"{', '.join(ENDINGS)}")  # fmt: skip
-    return FORMAT_OF[ending]
-
-
-# --- types of metadata
-
-
-def merge_types(types: Iterable[dict[str, str]]) -> dict[str, str]:
-    """Column types over files: int64 and double give double, null gives way, other mixtures are json.
-
-    A column that is null in every file becomes string.
-    """
-    merged: dict[str, str] = {}
-    for each in types:
-        for column, name in each.items():
-            merged[column] = _widen(merged.get(column, "null"), name)
-    return {column: "string" if name == "null" else name for column, name in merged.items()}
-
-
-def _widen(one: str, other: str) -> str:
-    if one == other or other == "null":
-        return one
-    if one == "null":
-        return other
-    return "double" if {one, other} == {"int64", "double"} else "json"
-
-
-def _value_type(value: Any) -> str:
-    """The type of a JSON value. An integer that needs more than 64 bits keeps its digits as json."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return "int64" if value in _INT64 else "json"
-    return {bool: "bool", float: "double", str: "string", type(None): "null"}.get(type(value), "json")
-
-
-def _schema_type(type: pa.DataType) -> str | None:
-    """The metadata type of an Arrow type; None if such values cannot be kept."""
-    if isinstance(type, pa.BaseExtensionType):
-        return _schema_type(type.storage_type)
-    if pa.types.is_dictionary(type):
-        return _schema_type(type.value_type)
-    tests: dict[str, Callable[[Any], bool]] = {
-        "null": pa.types.is_null,
-        "bool": pa.types.is_boolean,
-        "int64": pa.types.is_integer,
-        "double": lambda t: pa.types.is_floating(t) or pa.types.is_decimal(t),
-        "string": lambda t: str(t) in ("string", "large_string", "string_view"),
-        "timestamp": pa.types.is_timestamp,
-        "date": pa.types.is_date,
-        "json": pa.types.is_nested,
-    }
-    return next((name for name, test in tests.items() if test(type)), None)
-
-
-def _convert(value: Any, name: str) -> Any:
-    """A value as its frozen type. Raises ValueError or TypeError if it does not fit without loss."""
-    if value is None:
-        return None
-    if name == "json":
-        return _unicode(json.dumps(value, ensure_ascii=False, allow_nan=False, default=_json_value))
-    if name == "bool" and isinstance(value, bool):
-        return value
-    if name == "int64" and isinstance(value, int) and not isinstance(value, bool) and value in _INT64:
-        return value
-    if name == "double" and isinstance(value, (int, float, decimal.Decimal)) and not isinstance(value, bool):
-        number = float(value)
-        if isinstance(value, int) and int(number) != value:
-            raise ValueError("rounding")
-        return number
-    if name == "string" and isinstance(value, str):
-        return _unicode(value)
-    if name == "timestamp" and isinstance(value, datetime.datetime):
-        return value.astimezone(datetime.timezone.utc).replace(tzinfo=None) if value.tzinfo else value
-    if name == "date" and isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
-        return value
-    raise ValueError("type")
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, (datetime.date, datetime.time)):
-        return value.isoformat()
-    if isinstance(value, decimal.Decimal):
-        return float(value)
-    raise TypeError("no JSON form")
-
-
-def _unicode(text: str) -> str:
-    text.encode()  # JSON can escape half a surrogate pair, which no UTF-8 column holds
-    return text
 
 
 # --- planning
@@ -417,7 +189,7 @@ class _JsonColumns:
     def _look(self, column: str, value: Any) -> None:
         if value is None:
             return
-        self.types[column] = _widen(self.types[column], _value_type(value))
+        self.types[column] = widen(self.types[column], value_type(value))
         self._open[column] -= 1
         if not self._open[column]:
             del self._open[column]
@@ -448,7 +220,7 @@ def _check_schema(file: SourceFile, source: CorpusSource, schema: pa.Schema) -> 
     for key, column in _wanted(source):
         if schema.names.count(column) > 1:
             raise InputError(f"corpus.{key}: {file.path} has several columns {column!r}; rename all but one")
-    names = {column: _schema_type(schema.field(column).type) for _, column in _wanted(source)}
+    names = {column: schema_type(schema.field(column).type) for _, column in _wanted(source)}
     allowed: dict[str, tuple[str, ...]] = {"text": ("string", "null"), "id": ("string", "int64", "null")}
     for key, column in _wanted(source):
         name = names[column]
@@ -515,6 +287,6 @@ def _id(file: SourceFile, source: CorpusSource, row: int, values: dict[str, Any]
 
 def _fit(file: SourceFile, row: int, column: str, value: Any, type: str) -> Any:
     with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
-        return _convert(value, type)
+        return convert(value, type)
     shown = readers.shown(value)
     raise DataError(f"{file.path}: row {row}: column {column!r} holds {shown}, which is not {type}")

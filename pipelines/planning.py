@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
+from pipelines.columns import merge_types
 from pipelines.contexts import ContextRule, context_rule
-from pipelines.corpus import FileIndex, SourceFile, index_file, list_files, merge_types
+from pipelines.corpus import FileIndex, index_file
+from pipelines.files import SourceFile, list_files
 from pipelines.ledger import FileRecord, Ledger, Plan, Unit, live_units, unit_id
 from pipelines.schema import FORMAT
 from pipelines.spec import CorpusSource, Sample, ScanSpec

@@ -35,7 +35,7 @@ import zstandard
 from sae_runtime.errors import DataError, InputError, one_line
 
 if TYPE_CHECKING:
-    from pipelines.corpus import SourceFile
+    from pipelines.files import SourceFile
 
 CHUNK = 1 << 16  # stored bytes decoded at once; the decoded size of one such piece is held in memory
 LINE_BUFFER = 1 << 20

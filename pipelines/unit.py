@@ -22,7 +22,8 @@ import torch
 
 from pipelines.chunks import Placed, PlacedDocument, capture, chunk_tables
 from pipelines.contexts import Context, ContextRule, context_rule, contexts, strip_bos, tokenize
-from pipelines.corpus import SourceFile, check_unchanged, read_documents
+from pipelines.corpus import read_documents
+from pipelines.files import SourceFile, check_unchanged
 from pipelines.ledger import Commit, Ledger, Unit
 from pipelines.partials import Moments, SampledDocuments, write_summary
 from pipelines.schema import LOCAL_MAX, key

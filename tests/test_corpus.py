@@ -27,16 +27,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.corpus import (
-    Document,
-    FileIndex,
-    SourceFile,
-    Span,
-    index_file,
-    list_files,
-    merge_types,
-    read_documents,
-)
+from pipelines.columns import merge_types
+from pipelines.corpus import Document, FileIndex, Span, index_file, read_documents
+from pipelines.files import SourceFile, list_files
 from pipelines.schema import metadata_type
 from pipelines.spec import CorpusSource
 from sae_runtime.errors import CorpuscopeError, DataError, InputError
