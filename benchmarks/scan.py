@@ -4,12 +4,16 @@ The floor is the truncated model's forward pass plus the dense encode products i
 nothing. The scan is the inline executor with `keep: tokens`, statistics, top contexts and samples, files
 written and committed; loading the model is in neither. Medians of `--repeat` rounds.
 
-    python benchmarks/scan.py SPEC.yaml [--repeat 3] [--units 1]
+Also prints bytes a row of every table and, with `--profile`, where the time of one more scan went.
+
+    python benchmarks/scan.py SPEC.yaml [--repeat 3] [--units 1] [--profile]
 """
 
 from __future__ import annotations
 
+import cProfile
 import platform
+import pstats
 import statistics
 import tempfile
 import time
@@ -22,7 +26,7 @@ from jobs.specfile import load_spec
 from pipelines.chunks import batches
 from pipelines.contexts import contexts, strip_bos, tokenize
 from pipelines.corpus import read_documents
-from pipelines.ledger import Ledger
+from pipelines.ledger import Commit, Ledger
 from pipelines.planning import Planned, Prepared, plan_units, prepare
 from pipelines.storage import Store
 from pipelines.unit import BATCH_TOKENS, Scanner, Setup, Work
@@ -62,7 +66,8 @@ def floor(scanner: Scanner, weights: list[torch.Tensor], work: list[torch.Tensor
 @click.argument("spec")
 @click.option("--repeat", default=3, show_default=True)
 @click.option("--units", default=1, show_default=True, help="Units of the plan that are scanned.")
-def main(spec: str, repeat: int, units: int) -> None:
+@click.option("--profile", is_flag=True, help="Profile one more scan.")
+def main(spec: str, repeat: int, units: int, profile: bool) -> None:
     """Print seconds and tokens per second of floor and scan, and their ratio."""
     with tempfile.TemporaryDirectory() as folder:
         loaded, text = load_spec(spec, f"{folder}/index")
@@ -75,23 +80,19 @@ def main(spec: str, repeat: int, units: int) -> None:
         work = floor_batches(scanner, prepared, planned, units)
         floor(scanner, weights, work[:1])
         seconds: dict[str, list[float]] = {"floor": [], "scan": []}
-        tokens = rows = size = 0
         for turn in range(repeat + 1):
             began = time.perf_counter()
             floor(scanner, weights, work)
             middle = time.perf_counter()
-            setup = replace(setup, index=f"{folder}/{turn}")
-            scanner.setup, scanner.store = setup, Store(setup.index)
-            commits = [
-                scanner.scan(Work(unit, 0, planned.files[unit.corpus, unit.path], 1)).commit
-                for unit in planned.units[:units]
-            ]
+            commits = scan(scanner, planned, units, f"{folder}/{turn}")
             if turn:  # the first round compiles and warms up
                 seconds["floor"].append(middle - began)
                 seconds["scan"].append(time.perf_counter() - middle)
-            tokens = sum(c.tokens for c in commits)
-            rows = sum(c.files["activations"].rows for c in commits)
-            size = sum(f.bytes for c in commits for f in c.files.values())
+        if profile:
+            with cProfile.Profile() as profiled:
+                scan(scanner, planned, units, f"{folder}/profiled")
+    tokens, rows = sum(c.tokens for c in commits), sum(c.files["activations"].rows for c in commits)
+    size = sum(f.bytes for c in commits for f in c.files.values())
     floor_s, scan_s = (statistics.median(seconds[name]) for name in ("floor", "scan"))
     click.echo(
         f"{platform.machine()}, {loaded.model.threads} threads, torch {torch.__version__}: "
@@ -101,6 +102,21 @@ def main(spec: str, repeat: int, units: int) -> None:
         f"scan {scan_s:.2f} s ({tokens / scan_s:,.0f} tokens/s)   ratio {scan_s / floor_s:.2f}   "
         f"{size / rows:.2f} bytes a row, all tables"
     )
+    for kind in commits[0].files:
+        files = [c.files[kind] for c in commits if kind in c.files]
+        written, of = sum(f.bytes for f in files), sum(f.rows for f in files)
+        click.echo(f"  {kind:18} {of:>12,} rows {written / of:>9.2f} bytes each")
+    if profile:
+        pstats.Stats(profiled).sort_stats("cumulative").print_stats("chunks|encode|summaries|writer|unit|run")
+
+
+def scan(scanner: Scanner, planned: Planned, units: int, index: str) -> list[Commit]:
+    """Scan the first units into a fresh index."""
+    scanner.setup, scanner.store = replace(scanner.setup, index=index), Store(index)
+    return [
+        scanner.scan(Work(unit, 0, planned.files[unit.corpus, unit.path], 1)).commit
+        for unit in planned.units[:units]
+    ]
 
 
 if __name__ == "__main__":

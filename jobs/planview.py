@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from jobs.output import count
 from pipelines.estimate import RATES, Estimate, estimate
 from pipelines.ledger import Ledger
@@ -15,7 +13,7 @@ from pipelines.planning import (
     Prepared,
     check_identity,
     identity,
-    memory_budget,
+    local_device,
     plan_groups,
     plan_units,
     prepare,
@@ -39,14 +37,11 @@ class PlanView:
 
 def look(spec: ScanSpec, text: str) -> PlanView:
     """Plan the scan of `spec`. Writes nothing, runs no model; raises InputError as a scan would."""
-    device = spec.model.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    prepared = prepare(spec, device)
+    prepared = prepare(spec, local_device() if spec.model.device == "auto" else spec.model.device)
     ledger = Ledger(Store(spec.index))
     have = ledger.identity()
     planned, metadata = plan_units(prepared, ledger, text, allow_removal=True)
-    groups = have["groups"] if have else plan_groups(prepared.saes, memory_budget(1, device))
+    groups = have["groups"] if have else plan_groups(prepared)
     if have is not None:
         check_identity(spec.index, have, identity(prepared, metadata, groups))
     commits = ledger.commits() if have else {}

@@ -1,9 +1,8 @@
 """A chunk of a unit: contexts in corpus order, run through the model in batches of like length.
 
 Invariant: a batch's shape follows from the lengths of the chunk's contexts alone, and the captured
-activations come back in corpus order, so nothing downstream sees how contexts were batched. Batches are
-sorted by length inside a chunk only: sorting a whole unit would save little padding more and keep its
-documents open until the end.
+activations come back in corpus order, so nothing downstream sees how contexts were batched. Lengths are
+sorted inside a chunk only; sorted over a whole unit, its documents would stay open until the end.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ import contextlib
 import shutil
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from pipelines.contexts import tokenize
 from pipelines.corpus import read_documents
-from pipelines.ledger import Unit
 from pipelines.planning import Planned, Prepared, sae_bytes
 from pipelines.schema import DATA
 from pipelines.storage import Store
@@ -56,7 +56,7 @@ class Estimate:
 
 def estimate(prepared: Prepared, planned: Planned) -> Estimate:
     """Estimate the whole index that a plan's live units make."""
-    shares = [_share(prepared, planned, unit) for unit in planned.units]
+    shares = [prepared.spec.share(planned.files[u.corpus, u.path].source) for u in planned.units]
     text_bytes = round(sum(u.bytes * share for u, share in zip(planned.units, shares, strict=True)))
     per_token = bytes_per_token(prepared, planned)
     tokens = int(text_bytes / per_token)
@@ -111,9 +111,7 @@ def bytes_per_token(prepared: Prepared, planned: Planned) -> float:
     size = count = 0
     step = max(1, len(planned.units) // 8)
     for unit in planned.units[::step]:
-        file = planned.files.get((unit.corpus, unit.path))
-        if file is None:
-            continue
+        file = planned.files[unit.corpus, unit.path]
         source = spec.corpus[file.source].model_copy(update={"metadata": (), "id": None})
         rows = islice(read_documents(file, source, {}, unit.start, unit.stop), _SAMPLE_TEXTS // 8)
         texts: list[str] = []
@@ -158,11 +156,6 @@ def _document_rows(sae: SaeInfo, tokens: float) -> float:
     return min(sae.width, (sae.nominal_l0 or DEFAULT_L0) * tokens**0.6)
 
 
-def _share(prepared: Prepared, planned: Planned, unit: Unit) -> float:
-    """The fraction of a unit's rows that its source's `sample` takes."""
-    return prepared.spec.corpus[planned.files[unit.corpus, unit.path].source].sample or 1.0
-
-
 def _summary_rows(prepared: Prepared, planned: Planned, documents: int, tokens: int) -> float:
     """Rows of partial summaries: each unit keeps its own until compaction merges them.
 
@@ -189,8 +182,6 @@ def _cheaper(found: Estimate) -> str:
 
 
 def _existing(path: str) -> str:
-    from pathlib import Path
-
     folder = Path(path)
     while not folder.exists():
         folder = folder.parent

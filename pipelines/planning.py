@@ -266,11 +266,16 @@ def _index(
         raise InputError(f"corpus.uri: {error}; mend the file or leave it out") from error
 
 
-def plan_groups(saes: Sequence[SaeInfo], budget: int) -> list[list[str]]:
-    """Ids of the SAEs that are scanned together: as many as fit `budget` bytes, in order."""
+def plan_groups(prepared: Prepared, workers: int | None = None) -> list[list[str]]:
+    """Ids of the SAEs that are scanned together: as many as fit a worker's memory, in order."""
+    if workers is None:  # as many as the Ray executor starts here by default
+        workers = (
+            max(1, (os.cpu_count() or 1) // prepared.spec.model.threads) if prepared.device == "cpu" else 1
+        )
+    budget = memory_budget(workers, prepared.device)
     groups: list[list[str]] = []
     used = budget + 1
-    for sae in saes:
+    for sae in prepared.saes:
         size = sae_bytes(sae)
         if used + size > budget:
             groups.append([])
@@ -291,6 +296,11 @@ def memory_budget(workers: int, device: str) -> int:
     if device == "cuda" and torch.cuda.is_available():
         host = min(host, torch.cuda.get_device_properties(0).total_memory // 2)
     return int(host)
+
+
+def local_device() -> str:
+    """`cuda` where this machine has a GPU that torch sees, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def environment() -> dict[str, str]:

@@ -7,7 +7,6 @@ model. Everything that can be wrong with the inputs is found before the first wr
 from __future__ import annotations
 
 import io
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pipelines.planning import (
     check_identity,
     environment,
     identity,
-    memory_budget,
+    local_device,
     plan_groups,
     plan_units,
     prepare,
@@ -53,7 +52,7 @@ class ScanOptions:
 
 @dataclass(frozen=True)
 class Started:
-    """Told to the observer before the first unit. Counts are over the whole index's live units."""
+    """Told to the observer before the first unit. Counts are of what is to be run now, by the plan."""
 
     items: int  # (unit, group) pairs to run
     documents: int
@@ -85,7 +84,7 @@ def run_scan(
     """Scan `spec` into its index. `notice` takes one-line messages for people.
 
     Raises InputError before anything is written if the inputs are wrong, Interrupted when another
-    scan registered its plan at the same moment.
+    scan of the index is running or registered its plan at the same moment.
     """
     with _Session(spec, options) as session:
         prepared = prepare(spec, session.device)
@@ -98,7 +97,7 @@ def run_scan(
                 f"{other['process']} on {other['host']}); run again when it has ended"
             )
         planned, metadata = plan_units(prepared, ledger, spec_text, options.allow_removal)
-        groups = have["groups"] if have else plan_groups(prepared.saes, session.budget())
+        groups = have["groups"] if have else plan_groups(prepared, options.workers)
         want = identity(prepared, metadata, groups)
         if have is not None:
             check_identity(spec.index, have, want)
@@ -168,13 +167,15 @@ class _Session:
             for unit in [units[ordinal]]
         ]
         executor = self._executor(setup, len(items))
+
+        def share(work: Work) -> float:
+            return prepared.spec.share(work.file.source)
+
         observe(
             Started(
                 items=len(items),
-                documents=round(
-                    sum(_share(w, prepared.spec) * w.unit.documents for w in items if not w.group)
-                ),
-                bytes=round(sum(_share(w, prepared.spec) * w.unit.bytes for w in items)),
+                documents=round(sum(share(w) * w.unit.documents for w in items if not w.group)),
+                bytes=round(sum(share(w) * w.unit.bytes for w in items)),
                 items_done=len(planned.units) * len(groups) - len(items),
                 workers=executor.workers,
                 run=planned.plan.run,
@@ -233,13 +234,6 @@ class _Session:
 
             self.started = connect(self.options.address)
 
-    def budget(self) -> int:
-        """Bytes that one worker's SAEs may take, where the workers share this machine."""
-        workers = self.options.workers or 1
-        if self.options.executor == "ray" and not self.options.workers and self.device == "cpu":
-            workers = max(1, (os.cpu_count() or 1) // self.spec.model.threads)
-        return memory_budget(workers, self.device)
-
     def _device(self) -> str:
         device = self.spec.model.device
         if device == "cuda" and self.options.address is None and not torch.cuda.is_available():
@@ -253,7 +247,7 @@ class _Session:
             from pipelines.executors.ray import cluster_device
 
             return cluster_device()
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return local_device()
 
     def _executor(self, setup: Setup, items: int) -> Executor:
         if self.options.executor == "inline":
@@ -262,11 +256,6 @@ class _Session:
 
         workers = self.options.workers or default_workers(setup.device, setup.spec.model.threads)
         return RayExecutor(setup, min(workers, max(1, items)), self.options.address is None)
-
-
-def _share(work: Work, spec: ScanSpec) -> float:
-    """The fraction of a unit's rows that its source's `sample` takes."""
-    return spec.corpus[work.file.source].sample or 1.0
 
 
 def _todo(planned: Planned, ledger: Ledger, groups: int, exists: bool) -> list[tuple[int, int]]:

@@ -23,7 +23,6 @@ from pydantic import (
 Text = Annotated[str, StringConstraints(min_length=1)]
 Count = Annotated[int, Field(strict=True, gt=0)]
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
-FORMATS = ("jsonl", "parquet", "arrow", "text")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
 
 
@@ -172,3 +171,7 @@ class ScanSpec(_Frozen):
     def metadata(self) -> tuple[str, ...]:
         """Metadata columns of all sources, each once; a source without one has nulls there."""
         return tuple(dict.fromkeys(column for source in self.corpus for column in source.metadata))
+
+    def share(self, source: int) -> float:
+        """The fraction of a source's rows that its `sample` takes."""
+        return self.corpus[source].sample or 1.0

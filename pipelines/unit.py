@@ -177,7 +177,6 @@ class _UnitScan:
             except DataError as error:
                 raise DataError(f"{self.work.unit.path} {error}") from error
             before = part[-1].document.local
-            crash("between-chunks")
         self._flush()
         self._finish()
 

@@ -349,7 +349,7 @@ def test_several_sae_groups_give_what_one_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """And no reader sees a unit of which a group is missing (invariant 5)."""
-    monkeypatch.setattr("pipelines.scan.memory_budget", lambda workers, device: 400_000)
+    monkeypatch.setattr("pipelines.planning.memory_budget", lambda workers, device: 400_000)
     spec = write_spec(tmp_path)
     index = tmp_path / "index"
     seen: list[int] = []
