@@ -140,7 +140,7 @@ def status(index: str, format_: str) -> None:
 @click.option("--select", multiple=True, metavar="GLOB", help="Only ids or paths that match; or `canonical`.")
 @click.option(
     "--site",
-    type=click.Choice(["resid_post", "mlp_out", "attn_z"]),
+    metavar="KIND",
     help="Where the suite's name does not say it.",
 )
 @format_option

@@ -324,8 +324,10 @@ def _code_version() -> str:
 
 def _sae_record(sae: SaeInfo, prepared: Prepared) -> dict[str, Any]:
     record = asdict(sae)
-    del record["site"], record["path"]
+    for name in ("path", "files", "out", "options"):
+        del record[name]
     return record | {
+        "uri": sae.uri,
         "site": prepared.sites[sae.site],
         "layer": sae.site.layer,
         "keep": sae.keep_text,

@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from sae_runtime.sites import KINDS
+
 Text = Annotated[str, StringConstraints(min_length=1)]
 Count = Annotated[int, Field(strict=True, gt=0)]
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
@@ -109,7 +111,7 @@ class SaeEntry(_Frozen):
     uri: Text
     name: Text | None = None
     select: Annotated[tuple[Text, ...], BeforeValidator(_listed)] | None = None
-    site: Literal["resid_post", "mlp_out", "attn_z"] | None = None
+    site: Literal[KINDS] | None = None  # type: ignore[valid-type]
     keep: Literal["tokens", "documents", "none"] | Sample = "tokens"
 
 

@@ -45,6 +45,8 @@ class Encoder:
         self.device = device
         self.weight = weights.W_enc.T.contiguous().to(device)  # [width, d_in]
         self.bias = weights.b_enc[:, None].to(device)  # [width, 1]
+        assert weights.rule == "jumprelu" and weights.threshold is not None
+        assert weights.W_dec is not None and weights.b_dec is not None
         self.threshold = weights.threshold.to(device)
         self.W_dec = weights.W_dec.to(device)
         self.b_dec = weights.b_dec.to(device)

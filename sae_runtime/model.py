@@ -24,7 +24,8 @@ from torch import nn
 
 from sae_runtime.cache import cache_dir
 from sae_runtime.errors import InputError, one_line
-from sae_runtime.sites import Site, Tap, decoder_layers, resolve
+from sae_runtime.families import Tap, decoder_layers, resolve
+from sae_runtime.sites import Site
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -119,7 +119,7 @@ def save_sae(folder: Path, tensors: dict[str, np.ndarray], layer: int = 1) -> di
             "model.uri: 'nobody/nothing-here': no such directory, and",
         ),
         ({"saes": {"uri": "gone-res"}}, "saes.uri: no such directory"),
-        ({"saes": {"uri": "."}}, "saes.uri: no layer_*/width_*/average_l0_*/params.npz under"),
+        ({"saes": {"uri": "."}}, "saes.uri: no SAEs of a known format under"),
         ({"max_index_bytes": "1kB"}, "max_index_bytes: the index is estimated at"),
         ({"index": "foo://x"}, "index foo://x: Protocol not known"),
         ({"index": "spec.yaml"}, "this is a file, not a folder"),

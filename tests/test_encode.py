@@ -7,6 +7,8 @@ counts are rarely multiples of them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,9 @@ Rows = list[tuple[int, int, float]]
 def weights(W: np.ndarray, b: np.ndarray, threshold: np.ndarray) -> SaeWeights:
     d, m = W.shape
     tensors = [torch.from_numpy(np.asarray(a, np.float32)) for a in (W, b, threshold)]
-    return SaeWeights(*tensors, torch.ones(m, d), torch.zeros(d))
+    return SaeWeights(
+        "jumprelu", tensors[0], tensors[1], torch.ones(m, d), torch.zeros(d), threshold=tensors[2]
+    )
 
 
 def formula(x: np.ndarray, W: np.ndarray, b: np.ndarray, threshold: np.ndarray) -> np.ndarray:
@@ -108,7 +112,7 @@ def test_the_reference_equals_the_formula(seed: int, tokens: int, width: int) ->
     f = reference.encode(torch.from_numpy(x), weights(W, b, threshold))
     assert (f.double().numpy() == formula(x, W, b, threshold)).all()
     assert (reference.stored(f).double().numpy() == bfloat16(formula(x, W, b, threshold))).all()
-    decoded = reference.decode(f, weights(W, b, threshold))
+    decoded = reference.decode(f, torch.from_numpy(x), weights(W, b, threshold))
     assert (decoded.double().numpy() == f.double().sum(dim=1, keepdim=True).numpy()).all()
 
 
@@ -181,9 +185,7 @@ def test_squared_error_is_the_formula() -> None:
     rng = np.random.default_rng(6)
     W_dec, b_dec = rng.integers(-3, 4, (20, 6)), rng.integers(-3, 4, 6)
     sae = weights(W, b, threshold)
-    sae = SaeWeights(
-        sae.W_enc, sae.b_enc, sae.threshold, torch.from_numpy(W_dec).float(), torch.from_numpy(b_dec).float()
-    )
+    sae = replace(sae, W_dec=torch.from_numpy(W_dec).float(), b_dec=torch.from_numpy(b_dec).float())
     wanted = ((x - (formula(x, W, b, threshold) @ W_dec + b_dec)) ** 2).sum()
     found = Encoder(sae, torch.device("cpu")).squared_error(torch.from_numpy(x))
     assert found == pytest.approx(wanted, rel=1e-6)

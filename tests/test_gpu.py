@@ -24,7 +24,7 @@ def test_the_encoder_on_a_gpu_is_the_reference_up_to_float32_rounding():
     d, m, tokens = 96, 5001, 3000
     weight = torch.randn(d, m, generator=generator) / d**0.5
     zeros = torch.zeros(m)
-    sae = SaeWeights(weight, zeros, zeros + 2.0, weight.T.contiguous(), torch.zeros(d))
+    sae = SaeWeights("jumprelu", weight, zeros, weight.T.contiguous(), torch.zeros(d), threshold=zeros + 2.0)
     x = torch.randn(tokens, d, generator=generator).bfloat16()
     found = Encoder(sae, torch.device("cuda")).encode(x.cuda())
     dense = np.zeros((tokens, m), np.float32)

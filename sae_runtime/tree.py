@@ -1,0 +1,92 @@
+"""A suite's files by name: a directory, any fsspec URL, or `hf://org/repo[@revision][/sub]`.
+
+Invariant: opening a tree lists names and reads nothing else; what a listing of a suite reads after
+that are small config files and the headers of the weight files of the SAEs that were selected.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import yaml
+
+from sae_runtime.errors import InputError, one_line
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The files under a suite's URI, as paths inside it."""
+
+    uri: str  # without a trailing slash
+    name: str  # of the suite
+    files: tuple[str, ...]  # sorted
+
+    def path(self, file: str) -> str:
+        """The URI of one of the files; an URI stays itself."""
+        return file if "://" in file else f"{self.uri}/{file}"
+
+    def has(self, file: str) -> bool:
+        """Whether the file is there."""
+        return file in self._set
+
+    def inside(self, folder: str) -> list[str]:
+        """Files of a folder, by path; of everything for ""."""
+        return [file for file in self.files if not folder or file.startswith(f"{folder}/")]
+
+    def named(self, *names: str) -> list[str]:
+        """Files whose last part is one of `names`."""
+        return [file for file in self.files if file.rsplit("/", 1)[-1] in names]
+
+    @property
+    def _set(self) -> frozenset[str]:
+        return frozenset(self.files)
+
+
+def open_tree(uri: str, name: str | None = None) -> Tree:
+    """List a suite. Raises InputError where there is no directory."""
+    uri = uri.rstrip("/")
+    try:
+        fs, root = fsspec.core.url_to_fs(uri)
+        there = fs.isdir(root)
+        files = fs.find(root) if there else []
+    except Exception as error:  # each filesystem has errors of its own for networks and credentials
+        raise InputError(f"saes.uri: {uri}: {one_line(error)}") from error
+    if not there:
+        raise InputError(f"saes.uri: no such directory: {uri}; the URI of a suite, not of a file, is wanted")
+    root = str(root).rstrip("/")
+    return Tree(uri, name or uri.split("/")[-1], tuple(sorted(file[len(root) + 1 :] for file in files)))
+
+
+def read_json(uri: str) -> dict[str, Any]:
+    """A JSON object. Raises InputError naming the file."""
+    return _read(uri, json.loads)
+
+
+def read_yaml(uri: str) -> dict[str, Any]:
+    """A YAML mapping. Raises InputError naming the file."""
+    return _read(uri, yaml.safe_load)
+
+
+def _read(uri: str, parse: Any) -> dict[str, Any]:
+    try:
+        with fsspec.open(uri, "rb") as stream:
+            value = parse(stream.read())
+    except Exception as error:
+        raise InputError(f"saes: cannot read {uri}: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"saes: {uri} does not hold a mapping")
+    return value
+
+
+def folder(file: str) -> str:
+    """The folder of a path, "" at the top."""
+    return file.rsplit("/", 1)[0] if "/" in file else ""
+
+
+def stem(file: str, endings: Iterable[str]) -> str:
+    """A path without the first of `endings` that it has."""
+    return next((file[: -len(end)] for end in endings if file.endswith(end)), file)
