@@ -1,11 +1,13 @@
 # make demo   a scan of the Python manual and standard library by SmolLM2, then what fired
 # make test   lint, types and the default tests
 # Both build .venv first; a second call re-uses it.
+# make peers  compares our readers with the publishers' own libraries, in .venv-peers
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv-peers/.ready
 
-.PHONY: env demo test lint format gpu clean
+.PHONY: env demo test lint format gpu peers clean
 
 env: $(READY)
 
@@ -37,5 +39,19 @@ format: $(READY)
 gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
+# An environment of its own: the peers' dependencies are none of ours.
+$(PEERS): constraints-peers.txt pyproject.toml
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-peers/bin/python -m pip install --quiet -c constraints-peers.txt torch==2.13.0
+	.venv-peers/bin/python -m pip install --quiet -c constraints-peers.txt --editable . \
+		sae-lens eai-sparsify pytest pytest-timeout \
+		'llamascopium; python_version >= "3.11" and python_version < "3.13"'
+	.venv-peers/bin/python -m pip install --quiet -c constraints-peers.txt --no-deps dictionary-learning
+	touch $(PEERS)
+
+peers: $(PEERS)
+	.venv-peers/bin/python -m pytest -m peers tests/peers
+
 clean:
-	rm -rf .venv out
+	rm -rf .venv .venv-peers out

@@ -100,6 +100,8 @@ def plan(spec: str, index: str | None, format_: str) -> None:
     from jobs.specfile import load_spec
 
     view = look(*load_spec(spec, index))
+    for line in view.prepared.warnings:
+        message(line)
     if format_ == "table":
         print_facts(facts(view))
     else:
@@ -146,20 +148,32 @@ def status(index: str, format_: str) -> None:
 @format_option
 def saes(suite: str, select: tuple[str, ...], site: str | None, format_: str) -> None:
     """The SAEs found under a SUITE URI."""
+    from jobs.progress import Listing
     from sae_runtime import suites
 
+    def refused(error: InputError) -> None:
+        message(f"warning: {error}")
+
+    found = suites.find(suite, None, select or None, site, refused=refused, progress=Listing())
+    if not found:
+        raise InputError(f"saes.uri: {suite}: none of its SAEs can be read; the warnings say why")
+    try:
+        for one, other in suites.duplicates(found).items():
+            message(f"note: {one} has the same tensors as {other}")
+    except InputError as error:  # the listing is right without
+        message(f"warning: duplicates are not shown: {error}")
     names = ("id", "site", "layer", "architecture", "d_in", "width", "nominal_l0")
     rows = [
         {
             "id": sae.id,
             "layer": sae.site.layer,
-            "site": sae.site.kind,
+            "site": sae.site.kind if sae.site.head is None else f"{sae.site.kind}[{sae.site.head}]",
             "architecture": sae.architecture,
             "d_in": sae.d_in,
             "width": sae.width,
             "nominal_l0": sae.nominal_l0,
         }
-        for sae in suites.find(suite, None, select or None, site)
+        for sae in found
     ]
     print_rows(rows, format_, names)
 

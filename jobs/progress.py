@@ -129,6 +129,19 @@ class ScanProgress:
             message(text)
 
 
+class Listing:
+    """A suite's listing: a line every ten seconds, so none where it is quick."""
+
+    def __init__(self) -> None:
+        self.last_line = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take in how many SAEs of how many have been looked at."""
+        if time.monotonic() - self.last_line >= _LINE_EVERY:
+            self.last_line = time.monotonic()
+            message(f"{done / total:4.0%}  looked at {done:,} of {count(total, 'SAE')}")
+
+
 def _clock(seconds: float | None) -> str:
     if seconds is None:
         return "?"

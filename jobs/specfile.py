@@ -18,8 +18,8 @@ from pydantic import BaseModel, ValidationError
 from pipelines.spec import (
     ContextSettings,
     CorpusSource,
+    Exclusion,
     ModelSettings,
-    NormAbove,
     SaeEntry,
     Sample,
     ScanSpec,
@@ -32,7 +32,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "saes": SaeEntry,
     "context": ContextSettings,
     "keep": Sample,
-    "exclude": NormAbove,
+    "exclude": Exclusion,
 }
 
 
@@ -116,7 +116,7 @@ def _is_tag(part: Any) -> bool:
     return isinstance(part, str) and (part.startswith(("literal[", "function-", "tuple[")) or part in _TAGS)
 
 
-_TAGS = {"bool", "NormAbove", "Sample", "str"}
+_TAGS = {"bool", "Exclusion", "Sample", "str"}
 
 
 def _dotted(place: Sequence[Any]) -> str:
@@ -131,8 +131,9 @@ def _what(place: list[Any], problems: Sequence[Mapping[str, Any]]) -> str:
         return f"unknown key{_suggestion(place)}"
     if first["type"] == "missing":
         return "this key is missing"
-    if first["type"] == "value_error":
-        return str(first["msg"]).removeprefix("Value error, ")
+    own = next((problem for problem in problems if problem["type"] == "value_error"), None)
+    if own is not None:
+        return str(own["msg"]).removeprefix("Value error, ")
     wanted = " or ".join(dict.fromkeys(_wanted(place, problem) for problem in problems))
     return f"{wanted} is wanted{_given(first.get('input'))}"
 
@@ -184,7 +185,12 @@ def _model(place: Sequence[Any]) -> type[BaseModel]:
 def _absolute(spec: ScanSpec, folder: Path) -> ScanSpec:
     """Paths made absolute; URIs with a scheme and hub ids are left alone."""
     corpus = tuple(
-        source.model_copy(update={"uri": tuple(_join(folder, uri) for uri in source.uri)})
+        source.model_copy(
+            update={
+                "uri": tuple(_join(folder, uri) for uri in source.uri),
+                "template": source.template if source.template == "auto" else _join(folder, source.template),
+            }
+        )
         for source in spec.corpus
     )
     saes = tuple(entry.model_copy(update={"uri": _join(folder, entry.uri)}) for entry in spec.saes)

@@ -7,7 +7,7 @@ sorted inside a chunk only; sorted over a whole unit, its documents would stay o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,10 @@ class Captured:
         """Rows that number the tokens of `x`, renumbered as the chunk's counted tokens."""
         return Sparse(sparse.indptr, self.token[sparse.token].astype(np.int32), sparse.code)
 
+    def at(self, tokens: np.ndarray) -> torch.Tensor:
+        """Rows of `x` of some of its tokens (int64, ascending, all of them there): [len(tokens), d]."""
+        return self.x[np.searchsorted(self.token, tokens)]
+
 
 def chunk_tables(part: list[Placed], before: int, after: int, unit: Unit) -> Chunk:
     lengths = [len(p.context.tokens) for p in part]
@@ -75,42 +79,63 @@ def chunk_tables(part: list[Placed], before: int, after: int, unit: Unit) -> Chu
 
 
 def capture(
-    model: LanguageModel, part: Sequence[Placed], chunk: Chunk, budget: int, limit: float | None
+    model: LanguageModel,
+    part: Sequence[Placed],
+    chunk: Chunk,
+    budget: int,
+    limit: float | None,
+    sampled: Mapping[Site, np.ndarray],
 ) -> dict[Site, Captured]:
     """Activations of the chunk's counted tokens at every site, less those over `limit` (`norm_above`).
 
+    Of the sites in `sampled` only those tokens (int64, ascending, numbers of the chunk's counted tokens).
     `budget` is the most padded tokens of a batch. Raises DataError naming site and document row for an
     activation that is not finite.
     """
     dtype = next(model.module.parameters()).dtype
     total = len(chunk.context)
+    everything = np.arange(total)
+    wanted = {site: sampled.get(site, everything) for site in model.taps}
     found = {
-        site: torch.empty(total, tap.width, dtype=dtype, device=model.device)
+        site: torch.empty(len(wanted[site]), tap.width, dtype=dtype, device=model.device)
         for site, tap in model.taps.items()
     }
-    loud = {site: torch.zeros(total, dtype=torch.bool, device=model.device) for site in found}
+    loud = {
+        site: torch.zeros(total, dtype=torch.bool, device=model.device)
+        for site in found
+        if site not in sampled
+    }
     starts = np.searchsorted(chunk.context, np.arange(len(part) + 1) + chunk.first)
     for members in batches([len(p.context.tokens) for p in part], budget):
         ids, counted, real = _padded([part[m].context for m in members])
         target = np.concatenate([np.arange(starts[m], starts[m + 1]) for m in members])
         mask = torch.from_numpy(counted).to(model.device)
         for site, x in model.run(torch.from_numpy(ids)).items():
+            if site in sampled:
+                # Which of the batch's counted tokens are wanted, and where they go.
+                place = np.searchsorted(sampled[site], target)
+                there = np.flatnonzero(np.isin(target, sampled[site]))
+                found[site][place[there]] = x[mask][there]
+                continue
             found[site][target] = x[mask]
             if limit is not None:
                 loud[site][target] = norm_above(x, torch.from_numpy(real).to(x.device), limit)[mask]
     for site, x in found.items():
         if not torch.isfinite(x).all():
-            token = int(torch.nonzero(~torch.isfinite(x).all(dim=1))[0])
+            token = int(wanted[site][int(torch.nonzero(~torch.isfinite(x).all(dim=1))[0])])
             row = part[int(chunk.context[token]) - chunk.first].document.row
             raise DataError(
                 f"row {row}: activations at {model.taps[site].path} are not finite in {dtype}; "
                 "try `dtype: bfloat16` or `float32`"
             )
     if limit is None:
-        return {site: Captured(x, np.arange(total)) for site, x in found.items()}
-    kept = {site: ~loud[site] for site in found}
+        return {site: Captured(x, wanted[site]) for site, x in found.items()}
+    kept = {site: ~loud[site] for site in loud}
     return {
-        site: Captured(x[kept[site]], np.flatnonzero(kept[site].cpu().numpy())) for site, x in found.items()
+        site: Captured(x[kept[site]], np.flatnonzero(kept[site].cpu().numpy()))
+        if site in kept
+        else Captured(x, wanted[site])
+        for site, x in found.items()
     }
 
 

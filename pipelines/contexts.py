@@ -2,7 +2,7 @@
 
 Invariant: every token of a document is the own token of exactly one context, at `start + i`; BOS and
 overlap are run but never counted; no context crosses documents; a short last window is kept and an
-empty document has none.
+empty document has none. Segments partition a document's tokens, in order.
 """
 
 from __future__ import annotations
@@ -26,6 +26,18 @@ class ContextRule:
     bos: int | None  # token id put first, or None
     uncounted: np.ndarray  # int32, sorted ids that are never counted
     skip_first: bool  # position 0 is not counted where there is no BOS (an attention sink)
+    skip_template: bool = False  # tokens that come from a chat template are not counted
+    skip_roles: frozenset[str] = frozenset()  # nor are tokens of these roles
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, stop) of a document that have one role."""
+
+    role: str
+    start: int
+    stop: int
+    template: bool = False  # they come from the chat template, not from a message
 
 
 @dataclass(frozen=True)
@@ -41,16 +53,27 @@ class Context:
 def context_rule(settings: ContextSettings, tokenizer: Any) -> ContextRule:
     """Resolve BOS and special tokens. InputError if a BOS is asked for and the tokenizer has none."""
     bos = _bos(settings, tokenizer)
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    uncounted = sorted(special) if "special" in settings.exclude else []
+    uncounted = sorted(special_ids(tokenizer)) if "special" in settings.exclude else []
     return ContextRule(
         settings.length,
         settings.overlap,
         bos,
         np.array(uncounted, np.int32),
         "first" in settings.exclude and bos is None,
+        "template" in settings.exclude,
+        settings.roles,
     )
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of the tokens that the tokenizer flags special."""
+    special = set(tokenizer.all_special_ids)
+    return special | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def plain_segments(ids: np.ndarray) -> tuple[Segment, ...]:
+    """A document that is no conversation is one segment."""
+    return (Segment("text", 0, len(ids)),)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
@@ -67,8 +90,12 @@ def strip_bos(ids: np.ndarray, rule: ContextRule) -> np.ndarray:
     return ids[own:]
 
 
-def contexts(ids: np.ndarray, rule: ContextRule) -> list[Context]:
-    """The windows of a document's token ids (without BOS)."""
+def contexts(ids: np.ndarray, rule: ContextRule, segments: Sequence[Segment] = ()) -> list[Context]:
+    """The windows of a document's token ids (without BOS), by which `segments` are numbered."""
+    wanted = np.ones(len(ids), bool)
+    for segment in segments:
+        if segment.role in rule.skip_roles or (segment.template and rule.skip_template):
+            wanted[segment.start : segment.stop] = False
     room = rule.length - (rule.bos is not None)
     lead = [] if rule.bos is None else [rule.bos]
     found = []
@@ -80,6 +107,7 @@ def contexts(ids: np.ndarray, rule: ContextRule) -> list[Context]:
         first = len(lead) + overlap
         counted = ~np.isin(tokens, rule.uncounted)
         counted[:first] = False
+        counted[first:] &= wanted[start:stop]
         if rule.skip_first:
             counted[0] = False
         found.append(Context(start, first, tokens, counted))

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import readers
+from pipelines import messages, readers
 from pipelines.columns import convert, schema_type, value_type, widen
 from pipelines.files import SourceFile
 from pipelines.schema import METADATA_TYPES
@@ -41,7 +41,7 @@ class Span:
 
     start: int
     stop: int
-    bytes: int  # UTF-8 bytes of text in it
+    bytes: int  # UTF-8 bytes of text in it (of conversations: of the contents of messages)
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ class Document:
 
     row: int  # from 0
     id: str | None
-    text: str
+    text: str  # "" of a conversation
     metadata: tuple[Any, ...]
+    messages: tuple[messages.Message, ...] | None = None  # of a conversation
 
 
 # --- planning
@@ -126,7 +127,7 @@ def index_file(
 
 def _wanted(source: CorpusSource) -> Iterator[tuple[str, str]]:
     """(key of the spec, column) of every column a source needs."""
-    yield "text", source.text
+    yield source.column
     if source.id is not None:
         yield "id", source.id
     yield from (("metadata", column) for column in source.metadata)
@@ -140,7 +141,7 @@ def _check_columns(file: SourceFile, source: CorpusSource, has: Sequence[str]) -
 
 
 def _index_text(file: SourceFile, source: CorpusSource, cutter: _Cutter) -> tuple[str, dict[str, str]]:
-    for key in ("id", "metadata"):
+    for key in ("messages", "id", "metadata"):
         if getattr(source, key):
             raise InputError(f"corpus.{key}: {file.path} is a text file, without columns; leave `{key}` out")
     with readers.open_stored(file.uri) as stored:
@@ -155,8 +156,11 @@ def _index_json(file: SourceFile, source: CorpusSource, cutter: _Cutter) -> tupl
         hashing = readers.Hashing(stored)
         for line in readers.json_lines(hashing, file.path):
             row = readers.parse(line)
-            text = row.get(source.text) if isinstance(row, dict) else None
-            cutter.add(_utf8_bytes(text) if isinstance(text, str) else 0)
+            value = row.get(source.column[1]) if isinstance(row, dict) else None
+            if source.messages is not None:
+                cutter.add(messages.text_bytes(value))
+            else:
+                cutter.add(_utf8_bytes(value) if isinstance(value, str) else 0)
             columns.add(row)
         columns.check()
         return hashing.finish(), columns.types
@@ -206,12 +210,25 @@ class _JsonColumns:
 def _index_table(file: SourceFile, source: CorpusSource, cutter: _Cutter) -> tuple[str, dict[str, str]]:
     with readers.open_table(file.uri, file.path, file.format) as table:
         types = _check_schema(file, source, table.schema)
-        for _, batch in table.batches([source.text]):
-            sizes = pc.binary_length(readers.plain(batch.column(source.text)))
-            for size in sizes.to_pylist():
-                cutter.add(size or 0)
+        column = source.column[1]
+        for _, batch in table.batches([column]):
+            for size in _table_bytes(readers.plain(batch.column(column)), source.messages is not None):
+                cutter.add(size)
     with readers.open_stored(file.uri) as stored:
         return readers.Hashing(stored).finish(), types
+
+
+def _table_bytes(column: pa.Array, conversations: bool) -> Iterator[int]:
+    """UTF-8 bytes of text of each value."""
+    if not conversations:
+        yield from (size or 0 for size in pc.binary_length(column).to_pylist())
+        return
+    for value in column:
+        try:
+            item = value.as_py()
+        except (ValueError, OverflowError):  # such as bytes that are not UTF-8: reading the row raises
+            item = None
+        yield messages.text_bytes(item)
 
 
 def _check_schema(file: SourceFile, source: CorpusSource, schema: pa.Schema) -> dict[str, str]:
@@ -221,7 +238,11 @@ def _check_schema(file: SourceFile, source: CorpusSource, schema: pa.Schema) -> 
         if schema.names.count(column) > 1:
             raise InputError(f"corpus.{key}: {file.path} has several columns {column!r}; rename all but one")
     names = {column: schema_type(schema.field(column).type) for _, column in _wanted(source)}
-    allowed: dict[str, tuple[str, ...]] = {"text": ("string", "null"), "id": ("string", "int64", "null")}
+    allowed: dict[str, tuple[str, ...]] = {
+        "text": ("string", "null"),
+        "messages": ("json", "string", "null"),
+        "id": ("string", "int64", "null"),
+    }
     for key, column in _wanted(source):
         name = names[column]
         if name is None or name not in allowed.get(key, METADATA_TYPES):
@@ -267,13 +288,21 @@ def _sampler(file: SourceFile, fraction: float | None) -> Callable[[int], bool]:
 def _document(
     file: SourceFile, source: CorpusSource, types: dict[str, str], row: int, values: dict[str, Any]
 ) -> Document:
-    text = values.get(source.text)
-    if not isinstance(text, str):
-        problem = "is missing" if source.text not in values else f"is {readers.shown(text)}, not a string"
-        raise DataError(f"{file.path}: row {row}: text column {source.text!r} {problem}")
-    _fit(file, row, source.text, text, "string")
-    metadata = tuple(_fit(file, row, column, values.get(column), types[column]) for column in source.metadata)
-    return Document(row, _id(file, source, row, values), text, metadata)
+    key, column = source.column
+    if column not in values:
+        raise DataError(f"{file.path}: row {row}: {key} column {column!r} is missing")
+    text, turns = values[column], None
+    if key == "messages":
+        try:
+            text, turns = "", messages.conversation(text)
+        except ValueError as error:
+            raise DataError(f"{file.path}: row {row}: messages column {column!r} {error}") from error
+    elif not isinstance(text, str):
+        problem = f"is {readers.shown(text)}, not a string"
+        raise DataError(f"{file.path}: row {row}: text column {column!r} {problem}")
+    _fit(file, row, column, text, "string")
+    metadata = tuple(_fit(file, row, name, values.get(name), types[name]) for name in source.metadata)
+    return Document(row, _id(file, source, row, values), text, metadata, turns)
 
 
 def _id(file: SourceFile, source: CorpusSource, row: int, values: dict[str, Any]) -> str | None:

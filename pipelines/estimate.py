@@ -13,14 +13,16 @@ from itertools import islice
 from pathlib import Path
 
 from pipelines.contexts import tokenize
+from pipelines.conversations import Conversations
 from pipelines.corpus import read_documents
+from pipelines.messages import content_bytes
 from pipelines.planning import Planned, Prepared, sae_bytes
 from pipelines.schema import DATA
 from pipelines.storage import Store
 from pipelines.unit import CHUNK_TOKENS, SEGMENT_ROWS
 from pipelines.words import human
 from sae_runtime.errors import DataError, InputError
-from sae_runtime.model import load_config, load_tokenizer
+from sae_runtime.model import load_tokenizer, model_size
 from sae_runtime.sae import SaeInfo
 
 DEFAULT_L0 = 100.0  # where a suite does not say
@@ -72,7 +74,7 @@ def estimate(prepared: Prepared, planned: Planned) -> Estimate:
         ),
         "summaries": int(_summary_rows(prepared, planned, documents, tokens) * BYTES["summaries"]),
     }
-    config = load_config(prepared.source)
+    _, used = model_size(prepared.source, [sae.site for sae in prepared.saes])
     return Estimate(
         documents,
         text_bytes,
@@ -80,7 +82,7 @@ def estimate(prepared: Prepared, planned: Planned) -> Estimate:
         per_token,
         tables,
         worker_memory(prepared),
-        forward_flops(config, max(s.site.layer for s in prepared.saes) + 1),
+        2.0 * used,  # two operations per weight
         sum(2.0 * s.d_in * s.width for s in prepared.saes),
     )
 
@@ -114,23 +116,20 @@ def bytes_per_token(prepared: Prepared, planned: Planned) -> float:
         file = planned.files[unit.corpus, unit.path]
         source = spec.corpus[file.source].model_copy(update={"metadata": (), "id": None})
         rows = islice(read_documents(file, source, {}, unit.start, unit.stop), _SAMPLE_TEXTS // 8)
-        texts: list[str] = []
+        template = prepared.templates[file.source]
+        chat = None if template is None else Conversations(tokenizer, template)
         with contextlib.suppress(DataError):  # a row that cannot be read fails its unit, not the estimate
-            texts.extend(document.text[: _SAMPLE_BYTES // _SAMPLE_TEXTS] for document in rows)
-        if texts:
-            size += sum(len(text.encode()) for text in texts)
-            count += sum(len(ids) for ids in tokenize(tokenizer, texts))
+            for document in rows:
+                if chat is None:
+                    text = document.text[: _SAMPLE_BYTES // _SAMPLE_TEXTS]
+                    (ids,) = tokenize(tokenizer, [text])
+                    size += len(text.encode())
+                else:
+                    (tokens,) = chat.tokenize([document], unit.path)
+                    ids = tokens.ids
+                    size += content_bytes(document.messages or ())
+                count += len(ids)
     return size / count if count else 4.0
-
-
-def forward_flops(config: object, layers: int) -> float:
-    """Floating-point operations per token of `layers` decoder layers: two per weight."""
-    hidden, inner = int(config.hidden_size), int(config.intermediate_size)  # type: ignore[attr-defined]
-    heads = int(config.num_attention_heads)  # type: ignore[attr-defined]
-    groups = int(getattr(config, "num_key_value_heads", heads) or heads)
-    width = int(getattr(config, "head_dim", 0) or hidden // heads)
-    attention = hidden * width * (2 * heads + 2 * groups)
-    return 2.0 * layers * (attention + 3 * hidden * inner)
 
 
 def worker_memory(prepared: Prepared) -> int:
@@ -138,9 +137,7 @@ def worker_memory(prepared: Prepared) -> int:
     saes = sum(sae_bytes(sae) for sae in prepared.saes)
     sites = {sae.site: sae.d_in for sae in prepared.saes}
     chunk = CHUNK_TOKENS[prepared.device] * sum(sites.values()) * 4
-    config = load_config(prepared.source)
-    layers = max(site.layer for site in sites) + 1
-    weights = forward_flops(config, layers) / 2 + config.vocab_size * config.hidden_size
+    weights, _ = model_size(prepared.source, list(sites))
     size = 4 if prepared.spec.model.dtype == "float32" else 2
     return int(saes + chunk + SEGMENT_ROWS * 30 + weights * size + (1 << 30))
 

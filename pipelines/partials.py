@@ -87,7 +87,7 @@ def _window_columns(arena: Any, start: np.ndarray, length: np.ndarray) -> dict[s
 
 
 class Moments:
-    """Counted tokens of a site, and sums over the sampled ones among them, float64."""
+    """Counted tokens where an SAE reads, and sums over the sampled ones of what it reconstructs, float64."""
 
     def __init__(self, width: int) -> None:
         self.counted = 0
@@ -102,6 +102,11 @@ class Moments:
         self.tokens += len(sample)
         self.sum += sample.sum(dim=0).numpy()
         self.squares += float(sample.square().sum())
+
+    def fvu(self, error: float) -> float | None:
+        """The fraction of variance unexplained by a reconstruction with this sum of squared errors."""
+        spread = self.squares - float((self.sum**2).sum()) / max(self.tokens, 1)
+        return error / spread if spread > 0 else None
 
 
 class SampledDocuments:

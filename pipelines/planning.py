@@ -23,15 +23,18 @@ import torch
 
 from pipelines.columns import merge_types
 from pipelines.contexts import ContextRule, context_rule
+from pipelines.conversations import template_digest, template_text
 from pipelines.corpus import FileIndex, index_file
 from pipelines.files import SourceFile, list_files
 from pipelines.ledger import FileRecord, Ledger, Plan, Unit, live_units, unit_id
 from pipelines.schema import FORMAT
+from pipelines.selfcheck import other_model
 from pipelines.spec import CorpusSource, Sample, ScanSpec
 from pipelines.unit import device_name
 from sae_runtime import suites
 from sae_runtime.errors import DataError, InputError
-from sae_runtime.model import ModelSource, load_config, load_tokenizer, locate, site_paths
+from sae_runtime.fingerprints import fingerprint
+from sae_runtime.model import ModelSource, load_tokenizer, locate, site_paths, text_config
 from sae_runtime.sae import SaeInfo
 from sae_runtime.sites import Site
 
@@ -49,6 +52,9 @@ class Prepared:
     saes: tuple[SaeInfo, ...]
     fingerprints: dict[str, str]  # SAE id -> digest of its tensors
     sites: dict[Site, str]  # public path of each site
+    duplicates: dict[str, str]  # SAEs that are not scanned -> the one of the same tensors that is
+    warnings: tuple[str, ...]  # one line each, for people
+    templates: tuple[str | None, ...]  # each source's chat template; None for one of texts
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,11 @@ class Planned:
 def prepare(spec: ScanSpec, device: str) -> Prepared:
     """Find model and SAEs, check that they fit. Raises InputError naming the key."""
     source = locate(spec.model.uri, spec.model.revision)
-    rule = context_rule(spec.context, load_tokenizer(source))
+    tokenizer = load_tokenizer(source)
+    rule = context_rule(spec.context, tokenizer)
+    templates = tuple(template_text(each, tokenizer, spec.model.uri) for each in spec.corpus)
     saes = find_saes(spec)
-    sites = site_paths(source, sorted({sae.site for sae in saes}))
+    sites = site_paths(source, sorted({at for sae in saes for at in (sae.site, sae.out) if at is not None}))
     for sae in saes:
         path, width = sites[sae.site]
         if sae.d_in != width:
@@ -74,23 +82,56 @@ def prepare(spec: ScanSpec, device: str) -> Prepared:
                 f"saes: {sae.id} has d_in {sae.d_in}, but its site {path} of {spec.model.uri} has {width}; "
                 "wrong model or wrong `site`"
             )
-    longest = getattr(load_config(source), "max_position_embeddings", None)
+    longest = getattr(text_config(source), "max_position_embeddings", None)
     if longest is not None and spec.context.length > longest:
         raise InputError(
             f"context.length: {spec.context.length} tokens are more than the {longest} that {spec.model.uri} "
             "was made for"
         )
     with ThreadPoolExecutor(2) as pool:
-        prints = list(pool.map(lambda sae: suites.load(sae).fingerprint(), saes))
+        found = pool.map(lambda sae: _fingerprint(sae, sites), saes)
+        prints = {sae.id: digest for sae, digest in zip(saes, found, strict=True)}
+    duplicates = _duplicates(saes, prints)
     return Prepared(
         spec,
         source,
         device,
         rule,
-        tuple(saes),
-        {sae.id: digest for sae, digest in zip(saes, prints, strict=True)},
+        tuple(sae for sae in saes if sae.id not in duplicates),
+        prints,
         {site: path for site, (path, _) in sites.items()},
+        duplicates,
+        (
+            *other_model(saes, spec.model.uri),
+            *(
+                f"note: {sae} has the same tensors as {other} at the same site: scanned once, as {other}"
+                for sae, other in duplicates.items()
+            ),
+        ),
+        templates,
     )
+
+
+def _fingerprint(sae: SaeInfo, sites: dict[Site, tuple[str, int]]) -> str:
+    """The digest of an SAE's tensors, checked against the model."""
+    found = fingerprint(sae)
+    if sae.out is not None and found.d_out is not None and found.d_out != sites[sae.out][1]:
+        path, width = sites[sae.out]
+        raise InputError(f"saes: {sae.id} decodes to {found.d_out} numbers, but {path} has {width}")
+    return found.digest
+
+
+def _duplicates(saes: Sequence[SaeInfo], prints: dict[str, str]) -> dict[str, str]:
+    """SAEs whose tensors another one at the same site has: -> that one, the one of which most is kept."""
+    kept = {"tokens": 2.0, "documents": 1.0, "none": 0.0}
+    order = sorted(saes, key=lambda sae: -(kept[sae.keep] if isinstance(sae.keep, str) else 1.0 + sae.keep))
+    first: dict[tuple[Any, ...], str] = {}
+    found = {}
+    for sae in order:
+        other = first.setdefault((prints[sae.id], sae.site, sae.out), sae.id)
+        if other != sae.id:
+            found[sae.id] = other
+    return found
 
 
 def find_saes(spec: ScanSpec) -> list[SaeInfo]:
@@ -118,10 +159,7 @@ def identity(prepared: Prepared, metadata: dict[str, str], groups: Sequence[Sequ
             "context.length": rule.length,
             "context.overlap": rule.overlap,
             "context.bos": rule.bos,
-            "context.exclude": sorted(
-                item if isinstance(item, str) else f"norm_above {item.norm_above:g}"
-                for item in spec.context.exclude
-            ),
+            "context.exclude": list(spec.context.excluded),
             "top_k": spec.top_k,
             "sample_k": spec.sample_k,
             "metadata": metadata,
@@ -132,6 +170,7 @@ def identity(prepared: Prepared, metadata: dict[str, str], groups: Sequence[Sequ
         },
         "model": spec.model.uri,
         "groups": [list(group) for group in groups],
+        "duplicates": prepared.duplicates,
         "saes": [_sae_record(sae, prepared) for sae in prepared.saes],
     }
 
@@ -167,7 +206,7 @@ def plan_units(
     files = _unique(list_files(spec.corpus))
     plans = ledger.plans()
     live = live_units(plans)
-    layout = _Layout(spec, plans, live, UNIT_BYTES[torch.device(prepared.device).type])
+    layout = _Layout(prepared, plans, live, UNIT_BYTES[torch.device(prepared.device).type])
     for file in files:
         layout.add(file)
     current = {(r.corpus, r.path, r.digest, r.settings) for r in layout.records}
@@ -197,8 +236,11 @@ def plan_units(
 class _Layout:
     """Goes through the corpus's files in order and lays out units for the rows that have none yet."""
 
-    def __init__(self, spec: ScanSpec, plans: Sequence[Plan], live: Sequence[Unit], unit_bytes: int) -> None:
-        self.spec, self.unit_bytes = spec, unit_bytes
+    def __init__(
+        self, prepared: Prepared, plans: Sequence[Plan], live: Sequence[Unit], unit_bytes: int
+    ) -> None:
+        spec = prepared.spec
+        self.spec, self.templates, self.unit_bytes = spec, prepared.templates, unit_bytes
         self.known = {(f.corpus, f.path): f for f in plans[-1].files} if plans else {}
         self.covered: dict[tuple[str, str, str, str], int] = {}  # rows of a file that have units
         for unit in live:
@@ -216,7 +258,7 @@ class _Layout:
         source = self.spec.corpus[file.source]
         if self.left[file.source] == 0 and (file.corpus, file.path) not in self.known:
             return  # beyond `limit`, and so not even read
-        settings, limit = _settings(source), self.left[file.source]
+        settings, limit = _settings(source, self.templates[file.source]), self.left[file.source]
         seen = self.known.get((file.corpus, file.path))
         if seen and (seen.size, seen.stamp, seen.settings) == (file.size, file.stamp, settings):
             digest, rows, indexed = seen.digest, seen.rows, None
@@ -347,9 +389,12 @@ def _unique(files: list[SourceFile]) -> list[SourceFile]:
     return files
 
 
-def _settings(source: CorpusSource) -> str:
-    """Digest of what a source's settings do to its documents."""
-    text = json.dumps([source.format, source.text, source.id, source.metadata, source.sample])
+def _settings(source: CorpusSource, template: str | None) -> str:
+    """Digest of what a source's settings, its chat template's text among them, do to its documents."""
+    settings = [source.format, source.text, source.id, source.metadata, source.sample]
+    if template is not None:
+        settings += [source.messages, template_digest(template)]
+    text = json.dumps(settings)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 

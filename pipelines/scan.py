@@ -32,6 +32,7 @@ from pipelines.planning import (
     prepare,
 )
 from pipelines.schema import VOCABULARY
+from pipelines.selfcheck import MIN_TOKENS, complaints
 from pipelines.spec import ScanSpec
 from pipelines.storage import Store
 from pipelines.unit import Setup, Work
@@ -88,6 +89,8 @@ def run_scan(
     """
     with _Session(spec, options) as session:
         prepared = prepare(spec, session.device)
+        for line in prepared.warnings:
+            notice(line)
         store = Store(spec.index)
         ledger = Ledger(store)
         have = ledger.identity()
@@ -116,7 +119,7 @@ def run_scan(
         _name_changes(planned, notice)
         if not todo:
             return Outcome(planned.plan.run, 0, 0, 0, 0.0, ())
-        return session.execute(prepared, planned, groups, metadata, todo, observe, ledger)
+        return session.execute(prepared, planned, groups, metadata, todo, observe, ledger, notice)
 
 
 class _Session:
@@ -148,6 +151,7 @@ class _Session:
         todo: Sequence[tuple[int, int]],
         observe: Observer,
         ledger: Ledger,
+        notice: Notice,
     ) -> Outcome:
         """Run the (group, ordinal) pairs of `todo`."""
         by_id = {sae.id: sae for sae in prepared.saes}
@@ -158,6 +162,7 @@ class _Session:
             groups=tuple(tuple(by_id[sae] for sae in group) for group in groups),
             metadata=metadata,
             index=prepared.spec.index,
+            templates=prepared.templates,
         )
         units = {unit.ordinal: unit for unit in planned.units}
         run_of = _runs(ledger)
@@ -188,6 +193,7 @@ class _Session:
         heart = Heartbeat(ledger.store, planned.plan.run, executor.workers)
         heart.beat({})
         flying: dict[str, int] = {}
+        checked: set[int] = set()  # SAE groups whose first unit has been looked at
 
         def watch(event: Event) -> None:
             work = event.work
@@ -198,6 +204,10 @@ class _Session:
             heart.beat(flying)
             if isinstance(event, Committed) and event.own:
                 commits.append(event.commit)
+                if work.group not in checked and event.commit.tokens >= MIN_TOKENS:
+                    checked.add(work.group)
+                    for line in complaints(setup.groups[work.group], event.measured):
+                        notice(line)
             elif isinstance(event, Failed):
                 failed.append(event)
                 record = {

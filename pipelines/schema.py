@@ -39,8 +39,18 @@ _WINDOW = [
 
 VOCABULARY_SCHEMA = pa.schema([("token", pa.int32()), ("text", pa.string()), ("bytes", pa.binary())])
 
-# Per unit and SAE group, except documents and contexts: per unit, written with group 0.
+# Per unit and SAE group, except documents, segments and contexts: per unit, written with group 0.
 SCHEMAS: dict[str, pa.Schema] = {
+    # Of conversations only; any other document is one segment of role `text`.
+    "segments": pa.schema(
+        [
+            ("document", pa.int64()),
+            ("segment", pa.int32()),
+            ("role", pa.string()),
+            ("start", pa.int32()),  # offsets in the document's tokens
+            ("stop", pa.int32()),
+        ]
+    ),
     "contexts": pa.schema(
         [
             ("context", pa.int64()),

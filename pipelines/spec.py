@@ -39,14 +39,6 @@ def _listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _supported(value: Any) -> Any:
-    """Refuse what the contract has and this version has not, in words of its own."""
-    name = next(iter(value), None) if isinstance(value, dict) else value
-    if name in ("template", "roles"):
-        raise ValueError(f"`{name}` is not supported yet; `special`, `first` and `norm_above` are")
-    return value
-
-
 def _bytes(value: Any) -> Any:
     """`1TB`, `500 MB` or a plain number of bytes."""
     if not isinstance(value, str):
@@ -60,14 +52,17 @@ def _bytes(value: Any) -> Any:
 
 
 class CorpusSource(_Frozen):
-    """One source of documents: files of one format with the same columns."""
+    """One source of documents: files of one format with the same columns.
+
+    A document is the text of column `text` or, where `messages` is given, a conversation.
+    """
 
     uri: Annotated[tuple[Text, ...], BeforeValidator(_listed)] = Field(min_length=1)
     name: Text | None = None
     format: Literal["auto", "jsonl", "parquet", "arrow", "text"] = "auto"
     text: Text = "text"
-    messages: None = None
-    template: Text = "auto"
+    messages: Text | None = None
+    template: Text = "auto"  # or the path of a Jinja file
     id: Text | None = None
     metadata: tuple[Text, ...] = ()
     limit: Count | None = None
@@ -81,12 +76,18 @@ class CorpusSource(_Frozen):
                 raise ValueError(f"{name!r} is listed twice")
         return names
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_conversations(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("messages") is not None:
-            raise ValueError("conversations (`messages`) are not supported yet; give a `text` column")
-        return value
+    @model_validator(mode="after")
+    def _text_or_messages(self) -> CorpusSource:
+        if self.messages is not None and "text" in self.model_fields_set:
+            raise ValueError("`text` and `messages` are both given; a document is one or the other")
+        if self.messages is None and self.template != "auto":
+            raise ValueError("`template` is for conversations; give their column as `messages`")
+        return self
+
+    @property
+    def column(self) -> tuple[str, str]:
+        """(key of the spec, column) of what a document is made of."""
+        return ("text", self.text) if self.messages is None else ("messages", self.messages)
 
 
 class ModelSettings(_Frozen):
@@ -115,10 +116,18 @@ class SaeEntry(_Frozen):
     keep: Literal["tokens", "documents", "none"] | Sample = "tokens"
 
 
-class NormAbove(_Frozen):
-    """Leave out tokens whose norm at an SAE's site is over this many times the context's median."""
+class Exclusion(_Frozen):
+    """Tokens to leave out: those whose norm at an SAE's site is over `norm_above` times the context's
+    median, those of messages of some roles."""
 
-    norm_above: Annotated[float, Field(gt=1)]
+    norm_above: Annotated[float, Field(gt=1)] | None = None
+    roles: Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Exclusion:
+        if self.norm_above is None and self.roles is None:
+            raise ValueError("norm_above or roles is wanted")
+        return self
 
 
 class ContextSettings(_Frozen):
@@ -127,23 +136,37 @@ class ContextSettings(_Frozen):
     length: Annotated[int, Field(strict=True, ge=2, le=1 << 17)] = 1024
     overlap: Annotated[int, Field(strict=True, ge=0)] = 0
     bos: Literal["auto"] | StrictBool = "auto"
-    exclude: tuple[Annotated[Literal["special", "first"] | NormAbove, BeforeValidator(_supported)], ...] = (
-        "special",
-        "first",
-    )
+    exclude: tuple[Literal["special", "template", "first"] | Exclusion, ...] = ("special", "first")
 
     @model_validator(mode="after")
     def _room(self) -> ContextSettings:
         if self.overlap > self.length - 2:
             raise ValueError("overlap must leave room for a BOS and one token of its own")
-        if sum(isinstance(item, NormAbove) for item in self.exclude) > 1:
+        if sum(isinstance(item, Exclusion) and item.norm_above is not None for item in self.exclude) > 1:
             raise ValueError("exclude can hold one norm_above only")
         return self
 
     @property
+    def excluded(self) -> tuple[str, ...]:
+        """`exclude` in words, sorted, each once: the same whatever way it was written."""
+        words: set[str] = {item for item in self.exclude if isinstance(item, str)}
+        words |= {f"role {role}" for role in self.roles}
+        if self.norm_above is not None:
+            words.add(f"norm_above {self.norm_above:g}")
+        return tuple(sorted(words))
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Roles whose tokens are not counted."""
+        return frozenset(
+            role for item in self.exclude if isinstance(item, Exclusion) for role in item.roles or ()
+        )
+
+    @property
     def norm_above(self) -> float | None:
         """The multiple of the median norm above which a token is left out, or None."""
-        return next((item.norm_above for item in self.exclude if isinstance(item, NormAbove)), None)
+        limits = (item.norm_above for item in self.exclude if isinstance(item, Exclusion))
+        return next((limit for limit in limits if limit is not None), None)
 
 
 class ScanSpec(_Frozen):

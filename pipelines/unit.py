@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -20,13 +20,24 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.chunks import Placed, PlacedDocument, capture, chunk_tables
-from pipelines.contexts import Context, ContextRule, context_rule, contexts, strip_bos, tokenize
-from pipelines.corpus import read_documents
+from pipelines.chunks import Captured, Placed, PlacedDocument, capture, chunk_tables
+from pipelines.contexts import (
+    Context,
+    ContextRule,
+    Segment,
+    context_rule,
+    contexts,
+    plain_segments,
+    strip_bos,
+    tokenize,
+)
+from pipelines.conversations import Conversations
+from pipelines.corpus import Document, read_documents
 from pipelines.files import SourceFile, check_unchanged
 from pipelines.ledger import Commit, Ledger, Unit
 from pipelines.partials import Moments, SampledDocuments, write_summary
 from pipelines.schema import LOCAL_MAX, key
+from pipelines.selfcheck import Measured
 from pipelines.spec import ScanSpec
 from pipelines.storage import Store
 from pipelines.writer import UnitWriter, sae_column, windows_column
@@ -36,7 +47,8 @@ from sae_runtime.encode import Encoder, Sparse, merge
 from sae_runtime.errors import DataError
 from sae_runtime.model import LanguageModel, ModelSource, load_tokenizer, on_this_machine
 from sae_runtime.sae import SaeInfo
-from sae_runtime.summaries import DocumentRows, Summary
+from sae_runtime.sites import Site
+from sae_runtime.summaries import Chunk, DocumentRows, Summary
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 CHUNK_TOKENS = {"cpu": 16384, "cuda": 131072}
@@ -61,6 +73,7 @@ class Scanned:
 
     commit: Commit
     own: bool
+    measured: tuple[Measured, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,7 @@ class Setup:
     groups: tuple[tuple[SaeInfo, ...], ...]
     metadata: dict[str, str]
     index: str
+    templates: tuple[str | None, ...] = ()  # each source's chat template; None for one of texts
 
 
 class Scanner:
@@ -89,6 +103,9 @@ class Scanner:
         self.source = on_this_machine(setup.source)
         self.tokenizer = load_tokenizer(self.source)
         self.rule: ContextRule = context_rule(setup.spec.context, self.tokenizer)
+        self.conversations = {
+            text: Conversations(self.tokenizer, text) for text in setup.templates if text is not None
+        }
         self.group = -1
 
     def scan(self, work: Work) -> Scanned:
@@ -126,7 +143,7 @@ class Scanner:
         check_unchanged(work.file, work.unit.digest)
         ledger = Ledger(self.store)
         if ledger.commit(commit):
-            return Scanned(commit, own=True)
+            return Scanned(commit, True, scan.measured())
         return Scanned(ledger.commits()[commit.unit, commit.group], own=False)
 
     def load(self, group: int) -> None:
@@ -134,8 +151,10 @@ class Scanner:
         if self.group == group:
             return
         self.infos = self.setup.groups[group]
-        sites = sorted({info.site for info in self.infos})
+        self.reads = {info.site for info in self.infos}
+        self.targets = {info.out for info in self.infos if info.out is not None}
         model = self.setup.spec.model
+        sites = sorted(self.reads | self.targets)
         self.model = LanguageModel(self.source, sites, model.dtype, self.setup.device)
         self.encoders = [Encoder(suites.load(info), self.model.device) for info in self.infos]
         self.group = group
@@ -153,12 +172,17 @@ class _UnitScan:
         infos = scanner.infos
         self.summaries = [Summary.empty(i.id, i.width, spec.top_k, spec.sample_k) for i in infos]
         self.errors = [0.0] * len(infos)
-        self.moments = {site: Moments(tap.width) for site, tap in scanner.model.taps.items()}
+        taps = scanner.model.taps
+        self.moments = {
+            (info.site, info.out): Moments(taps[info.out].width if info.out is not None else 0)
+            for info in infos
+        }
         self.segment: list[list[Sparse]] = [[] for _ in infos]
         self.segment_rows = 0
         self.document_rows: list[list[DocumentRows]] = [[] for _ in infos]
         self.sampled = SampledDocuments(infos, work.unit)
         self.document_columns: list[tuple[Any, ...]] = []
+        self.segment_columns: list[tuple[int, int, str, int, int]] = []  # of conversations
 
     def run(self) -> None:
         kind = torch.device(self.s.setup.device).type
@@ -186,15 +210,34 @@ class _UnitScan:
         rows = read_documents(self.work.file, self.source, self.s.setup.metadata, unit.start, unit.stop)
         local = 0
         while batch := list(islice(rows, _TOKENIZE)):
-            for read, ids in zip(batch, tokenize(self.s.tokenizer, [d.text for d in batch]), strict=True):
-                ids = strip_bos(ids, self.s.rule)
+            for read, (ids, segments) in zip(batch, self._tokenized(batch), strict=True):
                 metadata = dict(zip(self.source.metadata, read.metadata, strict=True))
                 document = PlacedDocument(self.documents, read.row, read.id, metadata, ids)
-                windows = contexts(ids, self.s.rule)
+                windows = contexts(ids, self.s.rule, segments)
+                if read.messages is not None:
+                    self._enter_segments(document, segments)
                 self._enter(document, windows)
                 for window in windows:
                     yield Placed(local, document, window)
                     local += 1
+
+    def _tokenized(self, batch: list[Document]) -> Iterator[tuple[np.ndarray, tuple[Segment, ...]]]:
+        """Token ids of each document, without a BOS of its own, and their segments."""
+        rule = self.s.rule
+        if self.source.messages is None:
+            for ids in tokenize(self.s.tokenizer, [document.text for document in batch]):
+                ids = strip_bos(ids, rule)
+                yield ids, plain_segments(ids)
+            return
+        template = self.s.setup.templates[self.work.file.source]
+        assert template is not None
+        for tokens in self.s.conversations[template].tokenize(batch, self.work.unit.path):
+            ids = strip_bos(tokens.ids, rule)
+            yield ids, tokens.segments(len(tokens.ids) - len(ids))
+
+    def _enter_segments(self, document: PlacedDocument, segments: tuple[Segment, ...]) -> None:
+        number = key(self.work.unit.ordinal, document.local)
+        self.segment_columns.extend((number, i, s.role, s.start, s.stop) for i, s in enumerate(segments))
 
     def _enter(self, document: PlacedDocument, windows: list[Context]) -> None:
         counted = int(sum(window.counted.sum() for window in windows))
@@ -225,15 +268,13 @@ class _UnitScan:
 
     def _chunk(self, part: list[Placed], before: int, after: int, batch_tokens: int) -> None:
         chunk = chunk_tables(part, before, after, self.work.unit)
-        captured = capture(self.s.model, part, chunk, batch_tokens, self.s.setup.spec.context.norm_above)
-        samples = {}
-        for site, at in captured.items():
-            samples[site] = at.x[np.flatnonzero((at.token + self.encoded) % SAMPLE_EVERY == 0)]
-            self.moments[site].add(samples[site], len(at.x))
+        x, samples = self._capture(part, chunk, batch_tokens)
         keys = chunk.context.astype(np.int64) * self.s.rule.length + chunk.position
         for i, (info, encoder) in enumerate(zip(self.s.infos, self.s.encoders, strict=True)):
-            sparse = captured[info.site].in_chunk(encoder.encode(captured[info.site].x))
-            self.errors[i] += encoder.squared_error(samples[info.site])
+            sparse = x[info.site].in_chunk(encoder.encode(x[info.site].x))
+            if info.out is not None:
+                sample, target = samples[info.site, info.out]
+                self.errors[i] += encoder.squared_error(sample, target)
             ended = self.summaries[i].update(sparse, chunk)
             if info.keep != "none":
                 self.document_rows[i].append(ended)
@@ -249,6 +290,39 @@ class _UnitScan:
         self.s.progress(part[-1].document.local + 1 - first, len(chunk.context))
         if self.segment_rows >= SEGMENT_ROWS:
             self._flush()
+
+    def _capture(
+        self, part: list[Placed], chunk: Chunk, batch_tokens: int
+    ) -> tuple[dict[Site, Captured], dict[tuple[Site, Site | None], tuple[torch.Tensor, torch.Tensor]]]:
+        """Activations at the sites that SAEs read; and for each pair of a site read and one reconstructed
+        those of every 64th counted token, whose moments are taken in."""
+        numbers = np.arange(len(chunk.context))
+        sampled = numbers[(numbers + self.encoded) % SAMPLE_EVERY == 0]
+        only_targets = dict.fromkeys(self.s.targets - self.s.reads, sampled)
+        limit = self.s.setup.spec.context.norm_above
+        found = capture(self.s.model, part, chunk, batch_tokens, limit, only_targets)
+        x = {site: Captured(self.s.model.taps[site].finish(at.x), at.token) for site, at in found.items()}
+        pairs: dict[tuple[Site, Site | None], tuple[torch.Tensor, torch.Tensor]] = {}
+        for (site, out), moments in self.moments.items():
+            counted = np.intersect1d(x[site].token, sampled, assume_unique=True)
+            if out is not None:
+                pairs[site, out] = x[site].at(counted), x[out].at(counted)
+                moments.add(pairs[site, out][1], len(x[site].x))
+            else:
+                moments.counted += len(x[site].x)
+        return {site: x[site] for site in self.s.reads}, pairs
+
+    def measured(self) -> tuple[Measured, ...]:
+        """L0 and FVU of each SAE over the unit."""
+        return tuple(
+            Measured(
+                info.id,
+                self.moments[info.site, info.out].counted,
+                int(self.summaries[i].counts.tokens.sum()),
+                self.moments[info.site, info.out].fvu(self.errors[i]) if info.out is not None else None,
+            )
+            for i, info in enumerate(self.s.infos)
+        )
 
     def _write_contexts(self, part: list[Placed]) -> None:
         if self.work.group:
@@ -308,15 +382,19 @@ class _UnitScan:
             },
         )
 
+    def _write_rows(self, kind: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        schema = self.writer.schema(kind)
+        columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+        self.writer.write(kind, dict(zip(schema.names, columns, strict=True)))
+
     def _finish(self) -> None:
         """Write what is known at the unit's end: documents, and the summaries of every SAE."""
         if not self.work.group:
-            schema = self.writer.schema("documents")
-            columns = list(zip(*self.document_columns, strict=True)) or [()] * len(schema)
-            self.writer.write("documents", dict(zip(schema.names, columns, strict=True)))
+            self._write_rows("documents", self.document_columns)
+            self._write_rows("segments", self.segment_columns)
         for i, info in enumerate(self.s.infos):
             write_summary(self.writer, info, self.summaries[i], self.work.unit.ordinal)
-            moments = self.moments[info.site]
+            moments = self.moments[info.site, info.out]
             self.writer.write(
                 "saes",
                 {

@@ -154,6 +154,10 @@ def _values(store: Store, found: Snapshot) -> dict[str, str]:
     return relations | {
         "units": table(units, {"ordinal": "BIGINT", "run": "INTEGER", "corpus_order": "BIGINT"}),
         "declared_saes": table([_sae_row(sae, found.identity) for sae in saes], _SAE_COLUMNS),
+        "duplicates": table(
+            [list(pair) for pair in found.identity["duplicates"].items()],
+            {"sae": "VARCHAR", "same_as": "VARCHAR"},
+        ),
         "runs": table(_run_rows(found), _RUN_COLUMNS),
         "vocabulary": parquet([store.url(VOCABULARY)] if found.plans else [], VOCABULARY_SCHEMA),
         "metadata": "".join(f", {name(column)}" for column in metadata_columns(metadata).values()),

@@ -109,6 +109,9 @@ def resolve_sae(con: duckdb.DuckDBPyConnection, name: str) -> str:
     ids = [row["sae"] for row in known]
     if name in ids:
         return name
+    for row in _ask(con, "SELECT sae, same_as FROM _duplicates"):
+        if row["sae"] == name:  # it was not scanned: the other one has the same tensors
+            return str(row["same_as"])
     found = [row["sae"] for row in known if name and row["neuronpedia"] == name]
     found = found or [sae for sae in ids if sae.endswith(f"/{name}")]
     found = found or [sae for sae in ids if name and sae.endswith(name)]
@@ -137,7 +140,7 @@ def _ask(con: duckdb.DuckDBPyConnection, statement: str, values: Sequence[Any] =
 def feature_table(con: duckdb.DuckDBPyConnection, sae: str, sort: str, limit: int) -> list[dict[str, Any]]:
     """Statistics of an SAE's features, highest `sort` first, and `example`: the text at the maximum.
 
-    InputError for an unknown column.
+    `max` sorts by its absolute value, as everything that ranks activations. InputError for an unknown column.
     """
     column = sort.removeprefix("-")
     if column not in FEATURE_COLUMNS:
@@ -147,7 +150,7 @@ def feature_table(con: duckdb.DuckDBPyConnection, sae: str, sort: str, limit: in
     found = _ask(
         con,
         f"SELECT {', '.join(FEATURE_COLUMNS)} FROM features WHERE sae = $1 "
-        f"ORDER BY {column} {direction} NULLS LAST, feature LIMIT $2",
+        f"ORDER BY {'abs(max)' if column == 'max' else column} {direction} NULLS LAST, feature LIMIT $2",
         [sae, limit],
     )
     examples = _examples(con, sae, [row["feature"] for row in found if row["n_tokens"]])
@@ -227,14 +230,14 @@ def _spell(con: duckdb.DuckDBPyConnection, contexts: list[dict[str, Any]]) -> No
 
 
 def join_pieces(tokens: list[bytes], values: list[float]) -> list[tuple[str, float]]:
-    """(text, activation) per token; tokens that share a character become one piece with the higher value.
+    """(text, activation) per token; tokens that share a character become one piece with the highest value.
 
     Bytes that are no text even then (a character cut by the window) are shown as U+FFFD.
     """
     pieces: list[tuple[str, float]] = []
     held, highest = b"", 0.0
     for token, value in zip(tokens, values, strict=True):
-        held, highest = held + token, max(highest, value)
+        held, highest = held + token, max(highest, value, key=lambda v: (abs(v), v))
         if not _is_cut(held):
             pieces.append((held.decode(errors="replace"), highest))
             held, highest = b"", 0.0

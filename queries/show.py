@@ -1,6 +1,7 @@
 """What people see of features in a terminal: contexts with active tokens shaded, a small histogram.
 
 Invariant: without colour the same marks are there as brackets, so output piped to a file says as much.
+Negative activations, of signed architectures, are blue, or in braces.
 """
 
 from __future__ import annotations
@@ -34,17 +35,19 @@ def feature_view(found: dict[str, Any], color: bool) -> RenderableType:
 
 
 def shaded(pieces: Sequence[Sequence[Any]], highest: float, color: bool) -> Text:
-    """Tokens with their activation as shade, or in brackets: doubled from half of the highest on."""
+    """Tokens with their activation as shade, or in brackets: doubled from half of |highest| on."""
     text = Text()
     for piece, value in pieces:
         shown = visible(piece)
-        if value <= 0:
+        share = abs(value) / abs(highest)
+        if value == 0:
             text.append(shown)
         elif color:
-            text.append(shown, _shade(value / highest))
+            text.append(shown, _shade(share, value < 0))
         else:
-            strong = value >= highest / 2
-            text.append(f"[[{shown}]]" if strong else f"[{shown}]")
+            left, right = ("{", "}") if value < 0 else ("[", "]")
+            times = 2 if share >= 0.5 else 1
+            text.append(f"{left * times}{shown}{right * times}")
     return text
 
 
@@ -62,10 +65,12 @@ def _heading(context: dict[str, Any]) -> Text:
     )
 
 
-def _shade(share: float) -> Style:
-    """Orange from pale to full on black or white alike: background with dark text."""
+def _shade(share: float, negative: bool) -> Style:
+    """Orange (or blue) from pale to full on black or white alike: background with dark text."""
     share = min(1.0, max(0.0, share))
     red, green, blue = 255, int(240 - 130 * share), int(205 - 190 * share)
+    if negative:
+        red, blue = blue, red
     return Style(color="rgb(0,0,0)", bgcolor=f"rgb({red},{green},{blue})", bold=share > 0.6)
 
 

@@ -2,6 +2,7 @@
 -- $name stands for a list of files, or an empty relation of the same columns; pipelines/schema.py has
 -- the columns as written. Summaries are partials of disjoint units, merged here: counts and sums add,
 -- maxima and lowest hashes are taken again. Sums are fixed point, so the order of adding never shows.
+-- What is highest is so by absolute value, for signed architectures; the rest cannot tell the difference.
 
 -- Units in corpus order: `place` breaks ties the same way whatever the history of scans.
 CREATE VIEW _units AS
@@ -9,6 +10,9 @@ SELECT ordinal, run, row_number() OVER (ORDER BY corpus_order) AS place
 FROM $units AS units(ordinal, run, corpus_order);
 
 CREATE VIEW _declared_saes AS SELECT * FROM $declared_saes;
+
+-- SAEs of the spec that were not scanned because another one has the same tensors at the same site.
+CREATE VIEW _duplicates AS SELECT * FROM $duplicates;
 
 CREATE VIEW runs AS SELECT * FROM $runs;
 
@@ -18,7 +22,11 @@ CREATE VIEW documents AS
 SELECT document, id, corpus, source, row, run, n_tokens$metadata FROM $documents;
 
 CREATE VIEW segments AS
-SELECT document, 0::INTEGER AS segment, 'text' AS role, 0::INTEGER AS start, _length AS stop FROM $documents;
+SELECT document, segment, role, start, stop FROM $segments
+UNION ALL
+SELECT document, 0::INTEGER, 'text', 0::INTEGER, _length
+FROM $documents
+WHERE document NOT IN (SELECT document FROM $segments);
 
 CREATE VIEW contexts AS SELECT context, document, start, first, tokens, counted FROM $contexts;
 
@@ -97,7 +105,7 @@ merged AS (
         sum(n_documents)::BIGINT AS n_documents,
         _fixed(sum(sum_high), sum(sum_low), 64) AS total,
         _fixed(sum(squares_high), sum(squares_low), 56) AS squares,
-        max(max) AS max
+        _furthest(max(max), min(max)) AS max
     FROM (
         SELECT sae, feature, n_tokens, n_contexts, n_documents, sum_high, sum_low, squares_high, squares_low, max
         FROM $features
@@ -139,9 +147,9 @@ SELECT
         sqrt(greatest(m.squares / m.n_tokens - pow(m.total / m.n_tokens, 2), 0))
     END AS std_active,
     m.max,
-    _bin_value(h.bin50, m.max) AS p50,
-    _bin_value(h.bin90, m.max) AS p90,
-    _bin_value(h.bin99, m.max) AS p99,
+    _bin_value(h.bin50, abs(m.max)) AS p50,
+    _bin_value(h.bin90, abs(m.max)) AS p90,
+    _bin_value(h.bin99, abs(m.max)) AS p99,
     CASE WHEN m.n_tokens > 0 THEN
         list_transform(range(194), lambda b: coalesce(h.ns[list_position(h.bins, b::INTEGER)], 0))
     END AS histogram
@@ -157,15 +165,15 @@ WITH offers AS (
 ), unlike AS (
     SELECT * FROM offers
     QUALIFY row_number() OVER (
-        PARTITION BY sae, feature, ending_a, ending_b ORDER BY activation DESC, place
+        PARTITION BY sae, feature, ending_a, ending_b ORDER BY abs(activation) DESC, place
     ) = 1
 )
 SELECT
     sae, feature,
-    (row_number() OVER (PARTITION BY sae, feature ORDER BY activation DESC, place))::INTEGER AS rank,
+    (row_number() OVER (PARTITION BY sae, feature ORDER BY abs(activation) DESC, place))::INTEGER AS rank,
     context, position, activation, positions, values
 FROM unlike
-QUALIFY row_number() OVER (PARTITION BY sae, feature ORDER BY activation DESC, place) <= $top_k;
+QUALIFY row_number() OVER (PARTITION BY sae, feature ORDER BY abs(activation) DESC, place) <= $top_k;
 
 CREATE VIEW sampled_contexts AS
 WITH drawn AS (

@@ -1,8 +1,13 @@
-"""The fast encoder: dense float32 products in blocks, survivors compacted feature-major.
+"""The fast encoder: dense float32 products in blocks, active features compacted feature-major.
 
-Invariant: a (feature, token) is in the result exactly where `reference.encode` is positive after
+Invariant: a (feature, token) is in the result exactly where `reference.encode` is not zero after
 rounding to bfloat16, up to float32 rounding of the pre-activation itself; rows come out sorted by
 feature, then token, whatever the block sizes.
+
+relu, jumprelu, gated   products [features, tokens] against one number a feature, at which `Cut` gathers
+                        every condition of the rule exactly: comparing decides as the formula would
+the rules that rank     products [tokens, features], selected token by token (topk.py), then sorted
+
 Trade-off, measured (2 cores, 4,096 tokens x 4,096 features x d 576, 82 active per token): finding the
 survivors costs 12 to 13 ms with the loop below against 65 ms for torch compare + nonzero; the
 transposed product makes sorted output free. Devices other than the CPU take the torch path.
@@ -10,17 +15,24 @@ transposed product makes sorted output free. Devices other than the CPU take the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from sae_runtime import reference
 from sae_runtime.bfloat import round_code
 from sae_runtime.jit import jit
 from sae_runtime.sae import SaeWeights
+from sae_runtime.topk import by_feature, chosen, pick
 
 TOKENS_PER_BLOCK = 2048
 FEATURES_PER_BLOCK = 4096
+VALUES_PER_BLOCK = 1 << 24  # pre-activations held at once where whole tokens are needed: 64 MB
+_FEWEST = 64  # tokens of such a block: a product of less is all reading of weights
+_NOTHING = np.array([0x8000], np.uint32).view(np.float32)[0]  # the highest that rounds to a bfloat16 of 0
 
 
 @dataclass(frozen=True)
@@ -29,11 +41,62 @@ class Sparse:
 
     indptr: np.ndarray  # int64 [width + 1]: rows of feature f are indptr[f]:indptr[f + 1]
     token: np.ndarray  # int32 [rows]; int64 where it holds the index's own token keys
-    code: np.ndarray  # uint16 [rows], bfloat16 codes, positive
+    code: np.ndarray  # uint16 [rows], bfloat16 codes, not zero; negative ones under a signed rule only
 
     @property
     def rows(self) -> int:
         return len(self.token)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A rule as one comparison: feature f is active where its product u is over floor[f].
+
+    The activation there is u, or u * gain[f] + shift[f].
+    """
+
+    floor: torch.Tensor  # float32 [width]
+    gain: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, sae: SaeWeights) -> Cut | None:
+        """The cut of a relu, jumprelu or gated SAE; None for rules that rank a token's features."""
+        if sae.rule == "relu":
+            return cls(torch.full_like(sae.b_enc, float(_NOTHING)))
+        if sae.rule == "jumprelu":
+            assert sae.threshold is not None
+            floor = sae.threshold.numpy()
+            if sae.select_scale is not None:
+                # Rounding is monotone, so `u * scale > threshold` is `u > floor` for one float.
+                scale, threshold = sae.select_scale.numpy(), floor
+                floor = _highest_failing(lambda u: u * scale > threshold, len(floor))
+            return cls(torch.from_numpy(np.maximum(floor, _NOTHING)))
+        if sae.rule == "gated":
+            assert sae.b_gate is not None
+            assert sae.r_mag is not None
+            gain, shift = torch.exp(sae.r_mag), sae.b_enc
+            g, s = gain.numpy(), shift.numpy()
+            floor = _highest_failing(lambda u: u * g + s > _NOTHING, len(g))
+            # u + b > 0 exactly where u > -b: a float sum is 0 only where the true sum is.
+            return cls(torch.from_numpy(np.maximum(floor, -sae.b_gate.numpy())), gain, shift)
+        return None
+
+    def on(self, device: torch.device) -> Cut:
+        """The cut on a device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def block(self, rows: slice) -> Cut:
+        """The cut of some features."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def values(self, u: torch.Tensor) -> torch.Tensor:
+        """Activations from the products [..., width], where they are active."""
+        return u if self.gain is None or self.shift is None else u * self.gain + self.shift
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Cut:
+        gain, shift = (None if t is None else change(t) for t in (self.gain, self.shift))
+        return Cut(change(self.floor), gain, shift)
 
 
 class Encoder:
@@ -43,79 +106,178 @@ class Encoder:
         if device.type == "cuda":  # TF32 would not be float32
             torch.backends.cuda.matmul.allow_tf32 = False
         self.device = device
-        self.weight = weights.W_enc.T.contiguous().to(device)  # [width, d_in]
-        self.bias = weights.b_enc[:, None].to(device)  # [width, 1]
-        assert weights.rule == "jumprelu" and weights.threshold is not None
-        assert weights.W_dec is not None and weights.b_dec is not None
-        self.threshold = weights.threshold.to(device)
-        self.W_dec = weights.W_dec.to(device)
-        self.b_dec = weights.b_dec.to(device)
+        self.loops = device.type == "cpu"  # compiled loops, or generic operators
         self.width = len(weights.b_enc)
+        self.weight = weights.W_enc.T.contiguous().to(device)  # [width, d_in]
+        self.glu = None if weights.W_glu is None else weights.W_glu.T.contiguous().to(device)
+        cut = Cut.of(weights)
+        self.cut = None if cut is None else cut.on(device)
+        here: dict[str, Any] = {"W_enc": self.weight.T, "W_glu": None if self.glu is None else self.glu.T}
+        here |= {name: t.to(device) for name, t in weights.tensors().items() if name not in here}
+        self.sae = replace(weights, **here)
+        bias = self.sae.b_enc if weights.rule != "gated" else torch.zeros_like(self.sae.b_enc)
+        self.bias = bias[:, None]  # [width, 1]
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether there is a decoder of its own, which `squared_error` needs."""
+        return self.sae.W_dec is not None
 
     @torch.inference_mode()
     def encode(self, x: torch.Tensor) -> Sparse:
         """Active pairs for `x` [tokens, d_in], any float dtype, on the encoder's device."""
         if not len(x):
             return Sparse(np.zeros(self.width + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.uint16))
+        if self.cut is not None:
+            return self._over(x, self.cut)
+        return self._ranked_loops(x) if self.loops else self._ranked_torch(x)
+
+    @torch.inference_mode()
+    def squared_error(self, x: torch.Tensor, target: torch.Tensor | None = None) -> float:
+        """Sum over tokens of |target - decode(encode(x), x)|^2, for a sample `x` [tokens, d_in].
+
+        `target` [tokens, d_out] is what the decoder was trained to give: `x` unless it is a transcoder.
+        Needs `has_decoder`. Activations are those before rounding to bfloat16.
+        """
+        target = x if target is None else target
+        total = 0.0
+        for tokens, pre in self._whole_tokens(x):
+            y = reference.decode(self._dense(pre), x[tokens], self.sae)
+            total += float((target[tokens].float() - y).double().square().sum())
+        return total
+
+    def _over(self, x: torch.Tensor, cut: Cut) -> Sparse:
         blocks = []
         for start in range(0, len(x), TOKENS_PER_BLOCK):
-            columns = x[start : start + TOKENS_PER_BLOCK].float().T
-            parts = [
-                self._compact(columns, first, start) for first in range(0, self.width, FEATURES_PER_BLOCK)
-            ]
+            columns = reference.inputs(x[start : start + TOKENS_PER_BLOCK], self.sae).T
+            parts = []
+            for first in range(0, self.width, FEATURES_PER_BLOCK):
+                rows = slice(first, first + FEATURES_PER_BLOCK)
+                pre = self._products(columns, rows)
+                compact = compact_loops if self.loops else compact_torch
+                parts.append(compact(pre, cut.block(rows), start))
             blocks.append(_stack(parts))
         return merge(blocks, self.width)
 
-    @torch.inference_mode()
-    def squared_error(self, x: torch.Tensor) -> float:
-        """Sum over tokens of |x - decode(encode(x))|^2, for a sample `x` [tokens, d_in]."""
-        x = x.float()
-        pre = x @ self.weight.T + self.bias[:, 0]
-        f = torch.relu(pre) * (pre > self.threshold)
-        return float((x - (f @ self.W_dec + self.b_dec)).double().square().sum())
+    def _products(self, columns: torch.Tensor, rows: slice) -> torch.Tensor:
+        """What the rule works on, of some features: [features, tokens] from inputs [d_in, tokens]."""
+        pre = torch.addmm(self.bias[rows], self.weight[rows], columns)
+        if self.glu is not None:
+            assert self.sae.b_glu is not None
+            gate = torch.addmm(self.sae.b_glu[rows, None], self.glu[rows], columns)
+            pre *= gate.sigmoid_()
+        return pre
 
-    def _compact(self, columns: torch.Tensor, first: int, offset: int) -> Sparse:
-        rows = slice(first, first + FEATURES_PER_BLOCK)
-        pre = torch.addmm(self.bias[rows], self.weight[rows], columns)  # [features, tokens]
-        threshold = self.threshold[rows]
-        if self.device.type == "cpu":
-            return Sparse(*_compact_numba(pre.numpy(), threshold.numpy(), offset))
-        return compact_torch(pre, threshold, offset)
+    def _whole_tokens(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Blocks of tokens, each with the products of all features: [tokens, width]."""
+        step = max(_FEWEST, VALUES_PER_BLOCK // self.width)
+        for start in range(0, len(x), step):
+            tokens = slice(start, start + step)
+            z = reference.inputs(x[tokens], self.sae)
+            pre = torch.addmm(self.bias[:, 0], z, self.sae.W_enc)
+            if self.sae.W_glu is not None:
+                assert self.sae.b_glu is not None
+                pre *= torch.addmm(self.sae.b_glu, z, self.sae.W_glu).sigmoid_()
+            yield tokens, pre
+
+    def _ranked_loops(self, x: torch.Tensor) -> Sparse:
+        picks = [self._picks(pre) for _, pre in self._whole_tokens(x)]
+        count, feature, code = (np.concatenate(column) for column in zip(*picks, strict=True))
+        return Sparse(*by_feature(count, feature, code, self.width))
+
+    def _picks(self, pre: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        assert self.sae.k is not None
+        scale = self.sae.select_scale
+        return pick(pre.numpy(), None if scale is None else scale.numpy(), self.sae.k, self.sae.rule)
+
+    def _ranked_torch(self, x: torch.Tensor) -> Sparse:
+        blocks = []
+        for tokens, pre in self._whole_tokens(x):
+            blocks.append(_gathered(self._chosen(pre).T, pre.to(torch.bfloat16).T, tokens.start))
+        return merge(blocks, self.width)
+
+    def _chosen(self, pre: torch.Tensor) -> torch.Tensor:
+        assert self.sae.k is not None
+        return chosen(pre, self.sae.select_scale, self.sae.k, self.sae.rule)
+
+    def _dense(self, pre: torch.Tensor) -> torch.Tensor:
+        """Activations [tokens, width] before rounding, from the products; those in `encode`, no others."""
+        if self.cut is not None:
+            return torch.where(pre > self.cut.floor, self.cut.values(pre), 0.0)
+        if not self.loops:
+            return torch.where(self._chosen(pre), pre, 0.0)
+        count, feature, _ = self._picks(pre)
+        at = torch.from_numpy(np.repeat(np.arange(len(count)), count)), torch.from_numpy(feature).long()
+        f = torch.zeros_like(pre)
+        f[at] = pre[at]
+        return f
 
 
-def compact_torch(pre: torch.Tensor, threshold: torch.Tensor, offset: int) -> Sparse:
-    """Survivors of pre-activations [features, tokens] by generic operators, on any device."""
-    rounded = torch.relu(pre).to(torch.bfloat16)
-    feature, token = torch.nonzero((pre > threshold[:, None]) & (rounded > 0), as_tuple=True)
+def compact_loops(pre: torch.Tensor, cut: Cut, offset: int) -> Sparse:
+    """What is active of products [features, tokens], on the CPU; `pre` may be changed."""
+    none = np.zeros(0, np.float32)
+    gain = none if cut.gain is None else cut.gain.numpy()
+    shift = none if cut.shift is None else cut.shift.numpy()
+    return Sparse(*_compact(pre.numpy(), cut.floor.numpy(), gain, shift, offset))
+
+
+def compact_torch(pre: torch.Tensor, cut: Cut, offset: int) -> Sparse:
+    """The same by generic operators, on any device."""
+    return _gathered(pre > cut.floor[:, None], cut.values(pre.T).T.to(torch.bfloat16), offset)
+
+
+def _gathered(active: torch.Tensor, rounded: torch.Tensor, offset: int) -> Sparse:
+    """The bfloat16 activations [features, tokens] where `active`, on any device."""
+    feature, token = torch.nonzero(active, as_tuple=True)
     code = rounded[feature, token].view(torch.int16).cpu().numpy().view(np.uint16)
-    indptr = torch.zeros(len(pre) + 1, dtype=torch.int64)
-    indptr[1:] = torch.bincount(feature, minlength=len(pre)).cumsum(0).cpu()
+    indptr = torch.zeros(len(active) + 1, dtype=torch.int64)
+    indptr[1:] = torch.bincount(feature, minlength=len(active)).cumsum(0).cpu()
     return Sparse(indptr.numpy(), (token + offset).to(torch.int32).cpu().numpy(), code)
 
 
+def _highest_failing(holds: Callable[[np.ndarray], np.ndarray], width: int) -> np.ndarray:
+    """Per feature the highest float32 at which a condition fails that holds from some number on.
+
+    -inf where it holds everywhere. Bisects the integers that order as the floats do.
+    """
+    fails, stands = np.full(width, -0x7F800000, np.int64), np.full(width, 0x7F800000, np.int64)
+    with np.errstate(all="ignore"):  # an infinite end may be asked again; its answer changes nothing
+        while (stands - fails > 1).any():
+            middle = (fails + stands) // 2
+            met = holds(_float(middle))
+            stands, fails = np.where(met, middle, stands), np.where(met, fails, middle)
+    return _float(fails)
+
+
+def _float(order: np.ndarray) -> np.ndarray:
+    """The float32 at each place of their order; 0 has place 0."""
+    return np.where(order < 0, 0x80000000 - order, order).astype(np.uint32).view(np.float32)
+
+
 @jit
-def _compact_numba(
-    pre: np.ndarray, threshold: np.ndarray, offset: int
+def _compact(
+    pre: np.ndarray, floor: np.ndarray, gain: np.ndarray, shift: np.ndarray, offset: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     features, tokens = pre.shape
     bits = pre.view(np.uint32)
     indptr = np.zeros(features + 1, np.int64)
     for f in range(features):
         count = 0
-        floor = max(threshold[f], np.float32(0.0))
+        least = floor[f]
         for t in range(tokens):
-            # At the bottom of the range a positive number can round to a bfloat16 of zero.
-            count += (pre[f, t] > floor) & (bits[f, t] > 0x8000)
+            count += pre[f, t] > least
         indptr[f + 1] = indptr[f] + count
     token = np.empty(indptr[features], np.int32)
     code = np.empty(indptr[features], np.uint16)
     for f in range(features):
         row = indptr[f]
-        floor = max(threshold[f], np.float32(0.0))
+        least = floor[f]
         if indptr[f + 1] == row:
             continue
         for t in range(tokens):
-            if pre[f, t] > floor and bits[f, t] > 0x8000:
+            if pre[f, t] > least:
+                if len(gain):
+                    pre[f, t] = pre[f, t] * gain[f] + shift[f]
                 token[row] = offset + t
                 code[row] = round_code(bits[f, t])
                 row += 1

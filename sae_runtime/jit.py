@@ -14,7 +14,7 @@ import numba
 
 from sae_runtime.cache import cache_dir
 
-_SOURCES = ("bfloat.py", "encode.py", "summaries.py")
+_SOURCES = ("bfloat.py", "encode.py", "summaries.py", "topk.py")
 
 
 def _code_dir() -> Path:

@@ -2,7 +2,8 @@
 
 Invariant: what a site yields is the tensor the module saw or produced in the model's own dtype, for
 exactly the token ids given; right padding never changes a real token, because attention is causal
-and the padding comes after it, so no attention mask is passed.
+and the padding comes after it, so no attention mask is passed. The layers that are loaded give what they
+give in the whole model. A checkpoint that holds more than text runs its text model alone.
 Trade-off: a Q4 GGUF file is dequantised once into a cached float32 directory (0.5 GB for a
 135M-parameter model) so that every worker maps it in about a second; reading the GGUF takes 3 to 12 s.
 """
@@ -14,7 +15,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import nn
 
 from sae_runtime.cache import cache_dir
 from sae_runtime.errors import InputError, one_line
-from sae_runtime.families import Tap, decoder_layers, resolve
+from sae_runtime.families import WRAPPERS, Tap, decoder_layers, family, resolve
 from sae_runtime.sites import Site
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,6 +84,14 @@ def load_config(source: ModelSource) -> Any:
         logging.set_verbosity(level)
 
 
+def text_config(source: ModelSource) -> Any:
+    """The config of the part of the model that reads text: the model's own, or one nested in it.
+
+    Raises InputError when it cannot be read.
+    """
+    return load_config(source).get_text_config(decoder=True)
+
+
 def load_tokenizer(source: ModelSource) -> Any:
     """The model's fast tokenizer. Raises InputError when there is none."""
     from transformers import AutoTokenizer
@@ -100,10 +109,31 @@ def site_paths(source: ModelSource, sites: Sequence[Site]) -> dict[Site, tuple[s
     """(public path, width) of each site, from the config alone; InputError for one that is not there."""
     from transformers import AutoModel
 
+    config = _truncated(source, sites)
     with torch.device("meta"):
-        model = AutoModel.from_config(load_config(source))
-    taps = [resolve(model, site) for site in sites]
+        model = AutoModel.from_config(config)
+    prefix = _prefix(source)
+    taps = [resolve(model, site, prefix) for site in sites]
     return {tap.site: (tap.path, tap.width) for tap in taps}
+
+
+def model_size(source: ModelSource, sites: Sequence[Site]) -> tuple[int, float]:
+    """(parameters of the model cut after `sites`, those of its layers that a token uses), from the config.
+
+    A mixture's experts are used in the proportion that is chosen for a token.
+    """
+    from transformers import AutoModel
+
+    config = _truncated(source, sites)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    share = config.num_experts_per_tok / experts if experts else 1.0
+    used = sum(
+        parameter.numel() * (share if ".experts." in name else 1.0)
+        for name, parameter in decoder_layers(model).named_parameters()
+    )
+    return sum(parameter.numel() for parameter in model.parameters()), used
 
 
 def on_this_machine(source: ModelSource) -> ModelSource:
@@ -116,8 +146,9 @@ def on_this_machine(source: ModelSource) -> ModelSource:
 class LanguageModel:
     """A truncated model with taps on the sites that are needed.
 
-    `run(ids)` takes token ids int64 [contexts, length] and yields, per site, the activations
-    [contexts, length, width] in the model's dtype, on the model's device.
+    `run(ids)` takes token ids int64 [contexts, length] and yields, per site, what its tap captures:
+    [contexts, length, width] in the model's dtype, on the model's device. `taps[site].finish` makes the
+    site's activation of it.
     """
 
     def __init__(
@@ -125,9 +156,10 @@ class LanguageModel:
     ) -> None:
         """Load `source` up to the last layer of `sites`; InputError if a site is not there."""
         self.device = torch.device(device)
-        self.module = _load(source, max(site.layer for site in sites) + 1, DTYPES[dtype])
+        self.module = _load(source, sites, DTYPES[dtype])
         self.module.to(self.device).eval()
-        self.taps: dict[Site, Tap] = {site: resolve(self.module, site) for site in sites}
+        prefix = _prefix(source)
+        self.taps: dict[Site, Tap] = {site: resolve(self.module, site, prefix) for site in sites}
         self.attention = str(self.module.config._attn_implementation)
 
     @torch.inference_mode()
@@ -135,20 +167,29 @@ class LanguageModel:
         """Activations of every tapped site for `ids` [contexts, length], right padded."""
         with captured(self.taps.values()) as activations:
             self.module(input_ids=ids.to(self.device), use_cache=False)
+        for site, tap in self.taps.items():
+            if site not in activations:
+                raise InputError(f"saes.site: the model does not run {tap.path}")
         return activations
 
 
 @contextlib.contextmanager
-def captured(taps: Sequence[Tap] | Any) -> Iterator[dict[Site, torch.Tensor]]:
-    """Hooks for the duration of a `with`: the dict fills as the model runs."""
+def captured(taps: Iterable[Tap]) -> Iterator[dict[Site, torch.Tensor]]:
+    """Hooks for the duration of a `with`: the dict fills as the model runs.
+
+    Sites that share a module's side share one tensor.
+    """
     found: dict[Site, torch.Tensor] = {}
-    handles = []
+    places: dict[tuple[nn.Module, str], list[Tap]] = {}
     for tap in taps:
-        if tap.side == "input":
-            # `always_call` is not wanted: an error in the model must surface as itself.
-            handles.append(tap.module.register_forward_pre_hook(_input_hook(found, tap.site)))
+        places.setdefault((tap.module, tap.side), []).append(tap)
+    handles = []
+    for (module, side), there in places.items():
+        # `always_call` is not wanted: an error in the model must surface as itself.
+        if side == "input":
+            handles.append(module.register_forward_pre_hook(_input_hook(found, there), with_kwargs=True))
         else:
-            handles.append(tap.module.register_forward_hook(_output_hook(found, tap.site)))
+            handles.append(module.register_forward_hook(_output_hook(found, there)))
     try:
         yield found
     finally:
@@ -156,45 +197,74 @@ def captured(taps: Sequence[Tap] | Any) -> Iterator[dict[Site, torch.Tensor]]:
             handle.remove()
 
 
-def _input_hook(found: dict[Site, torch.Tensor], site: Site) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        found[site] = args[0].detach()
+def _input_hook(found: dict[Site, torch.Tensor], taps: Sequence[Tap]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen = args[0] if args else kwargs["hidden_states"]  # the families differ in how they call attention
+        found.update((tap.site, tap.take(seen)) for tap in taps)
 
     return hook
 
 
-def _output_hook(found: dict[Site, torch.Tensor], site: Site) -> Any:
+def _output_hook(found: dict[Site, torch.Tensor], taps: Sequence[Tap]) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # Decoder layers return a tensor in transformers 5 and a tuple before it.
-        found[site] = (output[0] if isinstance(output, tuple) else output).detach()
+        # Attention gives a tuple, as do some mixtures of experts, and decoder layers before transformers 5.
+        seen = output[0] if isinstance(output, tuple) else output
+        found.update((tap.site, tap.take(seen)) for tap in taps)
 
     return hook
 
 
-def _load(source: ModelSource, n_layers: int, dtype: torch.dtype) -> Any:
-    """A bare model (no head) of the first `n_layers` layers."""
+def _prefix(source: ModelSource) -> str | None:
+    """Where `AutoModelForCausalLM` has the text model, of a checkpoint that holds more than that."""
+    return WRAPPERS.get(load_config(source).model_type)
+
+
+def _truncated(source: ModelSource, sites: Sequence[Site]) -> Any:
+    """The text model's config cut after the last layer that `sites` need. InputError for an unknown type."""
+    whole = load_config(source)
+    config = text_config(source) if whole.model_type in WRAPPERS else whole
+    family(config)
+    have, need = int(config.num_hidden_layers), max(site.layer for site in sites) + 1
+    if need > have:
+        raise InputError(f"saes: layer {need - 1} does not exist in the model, which has {have} layers")
+    config.num_hidden_layers = need
+    if getattr(config, "layer_types", None):
+        config.layer_types = list(config.layer_types)[:need]
+    return config
+
+
+def _load(source: ModelSource, sites: Sequence[Site], dtype: torch.dtype) -> Any:
+    """A bare text model (no head, no other modality) of the layers that `sites` need."""
     from transformers import AutoModel
     from transformers.utils import logging
 
-    config = load_config(source)
-    have = int(config.num_hidden_layers)
-    if n_layers > have:
-        raise InputError(f"saes: layer {n_layers - 1} does not exist in the model, which has {have}")
-    config.num_hidden_layers = n_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = list(config.layer_types)[:n_layers]
+    config = _truncated(source, sites)
+    # The keys of a wrapped text model, in the hub's older files and in newer ones.
+    nested = {r"^(?:model\.)?language_model\.(?:model\.)?": ""} if _prefix(source) else None
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # the layers left out are reported as unexpected weights
     logging.disable_progress_bar()
     try:
-        model = AutoModel.from_pretrained(source.path, revision=source.revision, config=config, dtype=dtype)
+        model, report = AutoModel.from_pretrained(
+            source.path,
+            revision=source.revision,
+            config=config,
+            dtype=dtype,
+            key_mapping=nested,
+            output_loading_info=True,
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"model.uri: cannot load {source.uri!r}: {one_line(error)}") from error
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    decoder_layers(model)
+    if report["missing_keys"]:  # transformers would make them up at random
+        missing = sorted(report["missing_keys"])
+        raise InputError(
+            f"model.uri: {source.uri!r} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}"
+        )
+    model.config.pad_token_id = None  # GPT-2 else warns of the padding, which needs no mask here
     return model
 
 

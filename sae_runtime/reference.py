@@ -44,7 +44,8 @@ def encode(x: torch.Tensor, sae: SaeWeights) -> torch.Tensor:
     assert sae.k is not None
     if sae.rule == "groupmax":
         groups = rank.reshape(len(rank), sae.k, -1)
-        chosen = groups.argmax(dim=2, keepdim=True) == torch.arange(groups.shape[2], device=rank.device)
+        highest = groups == groups.amax(dim=2, keepdim=True)
+        chosen = highest & (highest.cumsum(dim=2) == 1)  # the first of equals
         return torch.relu(pre) * chosen.reshape(rank.shape)
     order = torch.argsort(rank.abs() if sae.rule == "abstopk" else rank, dim=1, descending=True, stable=True)
     chosen = torch.zeros_like(rank, dtype=torch.bool).scatter(1, order[:, : sae.k], True)
@@ -60,7 +61,7 @@ def decode(f: torch.Tensor, x: torch.Tensor, sae: SaeWeights) -> torch.Tensor:
     assert sae.b_dec is not None
     y = f @ sae.W_dec + sae.b_dec
     if sae.W_skip is not None:
-        y = y + inputs(x, sae) @ sae.W_skip
+        y = y + normalised(x, sae.input) @ sae.W_skip  # without b_pre, as sparsify has it
     if not sae.restore:
         return y
     x, y = x.float(), y / sae.input.scale

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import torch
 
+from sae_runtime import hub, weights
 from sae_runtime.errors import InputError
 from sae_runtime.formats import FORMATS, by_name, format_name
 from sae_runtime.formats.base import Candidate, Description
@@ -32,11 +33,13 @@ def find(
     site: str | None = None,
     keep: str | float = "tokens",
     refused: Callable[[InputError], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[SaeInfo]:
     """The SAEs of a suite, sorted by layer and path.
 
     `select` holds globs over ids or paths, or the word `canonical`. Raises InputError when there is
-    nothing, and for an SAE that cannot be read exactly; with `refused` that is told instead.
+    nothing, and for an SAE that cannot be read exactly; with `refused` that is told instead. `progress`
+    is told how many of how many have been looked at.
     """
     tree = open_tree(uri, name)
     known = _candidates(tree)
@@ -54,19 +57,24 @@ def find(
             return error
 
     found = []
-    with ThreadPoolExecutor(_READERS) as pool:
-        for info in pool.map(describe, chosen):
+    pool = ThreadPoolExecutor(_READERS)
+    try:
+        for done, info in enumerate(pool.map(describe, chosen), start=1):
             if isinstance(info, SaeInfo):
                 found.append(info)
-            elif refused is None:
+            elif refused is None or isinstance(info, hub.HubError):
                 raise info
             else:
                 refused(info)
+            if progress is not None:
+                progress(done, len(chosen))
+    finally:
+        pool.shutdown(cancel_futures=True)
     return sorted(found, key=lambda sae: (sae.site, sae.path))
 
 
 def load(info: SaeInfo) -> SaeWeights:
-    """The tensors of an SAE, as float32. InputError names a tensor that is missing, misshapen or not finite."""
+    """The tensors of an SAE, as float32. InputError names a tensor that is not as it should be."""
     sae: SaeWeights = by_name(info.format).load(info)
     d, m = info.d_in, info.width
     n = next((len(b) for b in (sae.b_dec,) if b is not None), None)
@@ -82,6 +90,70 @@ def load(info: SaeInfo) -> SaeWeights:
     if sae.k is not None and not 0 < sae.k <= m:
         raise InputError(f"saes: k is {sae.k} in {info.uri}, which has {m} features")
     return sae
+
+
+def duplicates(infos: Sequence[SaeInfo]) -> dict[str, str]:
+    """SAEs that another one stands for: id -> id of the first with the same tensors, sites and options.
+
+    Few bytes decide most: digests of the files where the hub has them, else a bias of each; only SAEs
+    whose biases are equal are loaded and compared whole.
+    """
+    alike: dict[object, list[SaeInfo]] = {}
+    for info in infos:
+        key = info.format, info.architecture, info.site, info.out, info.d_in, info.width, info.options
+        alike.setdefault(key, []).append(info)
+    groups = [group for group in alike.values() if len(group) > 1]
+    digests = _digests(file for group in groups for info in group for file in _weight_files(info))
+    found: dict[str, str] = {}
+    for group in groups:
+        first: dict[object, SaeInfo] = {}
+        unknown: dict[bytes, list[SaeInfo]] = {}
+        for info in group:
+            known = tuple(digests.get(file) for file in _weight_files(info))
+            if known and None not in known:
+                other = first.setdefault(known, info)
+                if other is not info:
+                    found[info.id] = other.id
+            else:
+                unknown.setdefault(_bias(info), []).append(info)
+        for same in unknown.values():
+            found.update(_equal(same))
+    return found
+
+
+def _equal(infos: Sequence[SaeInfo]) -> dict[str, str]:
+    from sae_runtime.fingerprints import fingerprint  # which loads by this module
+
+    first: dict[str, str] = {}
+    if len(infos) > 1:
+        pairs = [(info.id, first.setdefault(fingerprint(info).digest, info.id)) for info in infos]
+        return {one: other for one, other in pairs if one != other}
+    return {}
+
+
+def _weight_files(info: SaeInfo) -> list[str]:
+    return [file for file in info.files if file.endswith((".npz", ".safetensors", ".pt", ".pth", ".bin"))]
+
+
+def _digests(files: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files, by URI, where a listing says it: of the hub's large files."""
+    places = {file: hub.parse(hub.pin(file)) for file in files if hub.is_hub(file)}
+    entries = hub.entries(places.values()) if places else {}
+    return {file: sha for file, place in places.items() if (sha := entries[place].sha256) is not None}
+
+
+def _bias(info: SaeInfo) -> bytes:
+    """Bytes of the encoder's bias, or of the smallest floating vector; b"" where there is none."""
+    vectors = {
+        name: header.shape[0]
+        for name, header in weights.headers(info.uri).items()
+        if len(header.shape) == 1
+        and header.shape[0] > 1
+        and not header.dtype.lower().startswith(("i", "u", "b1"))
+    }
+    named = [name for name in vectors if name.lower() in ("b_enc", "encoder.bias", "latent_bias", "b_e")]
+    name = named[0] if named else min(vectors, key=lambda name: (vectors[name], name), default=None)
+    return b"" if name is None else weights.read(info.uri, [name])[name].numpy().tobytes()
 
 
 def _candidates(tree: Tree) -> dict[str, tuple[ModuleType, Candidate]]:
@@ -111,7 +183,7 @@ def _info(
         if site is None or found.layer is None:
             raise InputError(
                 f"saes.site: neither {tree.path(candidate.files[0])} nor the suite's name {tree.name!r} "
-                f"says its site; set `site:` to one of {', '.join(KINDS)}"
+                f"says its site; set `site: resid_post` or another of {', '.join(KINDS)}"
             )
         at = out = Site(found.layer, site)
     elif site is not None and site != at.kind:

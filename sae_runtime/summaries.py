@@ -10,6 +10,10 @@ the candidates) instead of a hash map, so that a chunk is one linear pass over i
 Top contexts: each document offers its highest activation; of offers whose last 16 tokens are equal
 only the highest stays; then the k highest; ties go to the earlier in corpus order. Samples: within a
 stratum floor(log2(context maximum)) the k contexts of lowest hash, which is a uniform sample.
+
+"Highest" is by absolute value, for signed architectures: within a document or context the positive of
+two equal ones, then the first; between documents +v and -v tie. Values keep their sign, sums are of
+signed values, histograms and strata of absolute ones.
 """
 
 from __future__ import annotations
@@ -20,7 +24,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sae_runtime.bfloat import BINS, SQUARE_BITS, SUM_BITS, add, bin_table, exponent, parts, shifted
+from sae_runtime.bfloat import (
+    BINS,
+    SQUARE_BITS,
+    SUM_BITS,
+    add,
+    bin_table,
+    code_of,
+    exponent,
+    magnitude,
+    negated,
+    parts,
+    rank_of,
+    shifted,
+)
 from sae_runtime.encode import Sparse
 from sae_runtime.errors import DataError
 from sae_runtime.jit import inlined, jit
@@ -55,7 +72,7 @@ class Counts(NamedTuple):
     sum_low: np.ndarray  # uint64 [width]
     squares_high: np.ndarray  # int64 [width]
     squares_low: np.ndarray  # uint64 [width]
-    max: np.ndarray  # uint16 [width], bfloat16 codes
+    max: np.ndarray  # uint16 [width], bfloat16 codes of what is highest by absolute value
     histogram: np.ndarray  # uint32 [width, BINS]
 
 
@@ -172,10 +189,11 @@ class Summary:
     def update(self, sparse: Sparse, chunk: Chunk) -> DocumentRows:
         """Take in a chunk's activations; `sparse.token` indexes the chunk's counted tokens.
 
-        Returns the rows of documents that ended. Raises DataError for an activation of 2^31 or more.
+        Returns the rows of documents that ended. Raises DataError for an absolute value of 2^31 or more.
         """
-        if sparse.rows and int(sparse.code.max()) >= _TOO_LARGE:
-            token = int(sparse.token[int(sparse.code.argmax())])
+        size = sparse.code & np.uint16(0x7FFF)
+        if sparse.rows and int(size.max()) >= _TOO_LARGE:
+            token = int(sparse.token[int(size.argmax())])
             where = f"context {chunk.context[token]} of the unit, position {chunk.position[token]}"
             raise DataError(f"{where}: an activation of {self.sae} is 2^31 or more")
         groups, rows = _count(
@@ -261,19 +279,19 @@ def _copy_slot(top: Top, f: int, source: int, target: int) -> None:
 def _offer(top: Top, f: int) -> None:
     """Let the candidate in the last slot take its place among the top, if it has one."""
     k = top.code.shape[1] - 1
-    n, code = top.n[f], top.code[f, k]
-    if n == k and code <= top.code[f, k - 1]:
+    n, size = top.n[f], magnitude(top.code[f, k])
+    if n == k and size <= magnitude(top.code[f, k - 1]):
         return
     for j in range(n):
         if top.key[f, j, 0] == top.key[f, k, 0] and top.key[f, j, 1] == top.key[f, k, 1]:
-            if code <= top.code[f, j]:
+            if size <= magnitude(top.code[f, j]):
                 return
             for i in range(j, n - 1):
                 _copy_slot(top, f, i + 1, i)
             n -= 1
             break
     j = min(n, k - 1)
-    while j > 0 and top.code[f, j - 1] < code:
+    while j > 0 and magnitude(top.code[f, j - 1]) < size:
         _copy_slot(top, f, j - 1, j)
         j -= 1
     _copy_slot(top, f, k, j)
@@ -305,9 +323,10 @@ def _count(
             if pending and (row == end or document != chunk.open_document):
                 document = chunk.open_document
             n, high, low = 0, np.int64(0), np.uint64(0)
-            best = np.uint16(0)
+            best = np.uint16(0)  # as rank_of has it; every activation's is higher
             if pending:
-                n, high, low, best = opened.tokens[f], opened.high[f], opened.low[f], top.code[f, k]
+                n, high, low = opened.tokens[f], opened.high[f], opened.low[f]
+                best = rank_of(top.code[f, k])
                 opened.tokens[f] = 0
                 pending = False
             better = False
@@ -320,20 +339,22 @@ def _count(
                     value = code[row]
                     mantissa, power = parts(value)
                     more_high, more_low = shifted(mantissa, power + SUM_BITS)
+                    if value >> np.uint16(15):
+                        more_high, more_low = negated(more_high, more_low)
                     high, low = add(high, low, more_high, more_low)
                     more_high, more_low = shifted(mantissa * mantissa, 2 * power + SQUARE_BITS)
                     counts.squares_high[f], counts.squares_low[f] = add(
                         counts.squares_high[f], counts.squares_low[f], more_high, more_low
                     )
-                    counts.histogram[f, bins[value]] += np.uint32(1)
-                    if value > best:
-                        best, better = value, True
+                    counts.histogram[f, bins[magnitude(value)]] += np.uint32(1)
+                    if rank_of(value) > best:
+                        best, better = rank_of(value), True
                         best_context, best_position = context, chunk.position[token[row]]
                     n += 1
                     row += 1
             if better:
                 one, two = _ending(chunk, best_context, best_position)
-                _set_slot(top, f, k, best, best_context, best_position, one, two, 0, -1)
+                _set_slot(top, f, k, code_of(best), best_context, best_position, one, two, 0, -1)
             if document == chunk.tail_document:
                 opened.tokens[f], opened.high[f], opened.low[f] = n, high, low
                 break
@@ -342,10 +363,10 @@ def _count(
             counts.tokens[f] += n
             counts.documents[f] += 1
             counts.sum_high[f], counts.sum_low[f] = add(counts.sum_high[f], counts.sum_low[f], high, low)
-            if best > counts.max[f]:
-                counts.max[f] = best
+            if best > rank_of(counts.max[f]):
+                counts.max[f] = code_of(best)
             out_feature[out], out_document[out] = f, document
-            out_tokens[out], out_max[out] = n, best
+            out_tokens[out], out_max[out] = n, code_of(best)
             out_high[out], out_low[out] = high, low
             out += 1
     return groups, (
@@ -441,12 +462,12 @@ def _sample(
             context = chunk.context[token[row]]
             best, position = np.uint16(0), 0
             while row < end and chunk.context[token[row]] == context:
-                if code[row] > best:
-                    best, position = code[row], chunk.position[token[row]]
+                if rank_of(code[row]) > best:
+                    best, position = rank_of(code[row]), chunk.position[token[row]]
                 row += 1
-            found[n], positions[n], codes[n] = context, position, best
+            found[n], positions[n], codes[n] = context, position, code_of(best)
             hashes[n] = _mix(chunk.place[context - chunk.first] ^ salt)
-            strata[n] = exponent(best)
+            strata[n] = exponent(codes[n])
             population[strata[n] + 133] += 1
             lowest, highest = min(lowest, strata[n]), max(highest, strata[n])
             n += 1

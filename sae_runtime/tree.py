@@ -1,19 +1,23 @@
 """A suite's files by name: a directory, any fsspec URL, or `hf://org/repo[@revision][/sub]`.
 
 Invariant: opening a tree lists names and reads nothing else; what a listing of a suite reads after
-that are small config files and the headers of the weight files of the SAEs that were selected.
+that are small config files and the headers of the weight files of the SAEs that were selected. The URI
+of a tree on the hub carries the commit that was listed, so that everyone reads the same one.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import fsspec
 import yaml
+from fsspec.implementations.local import LocalFileSystem
 
+from sae_runtime import hub, remote
 from sae_runtime.errors import InputError, one_line
 
 
@@ -21,12 +25,14 @@ from sae_runtime.errors import InputError, one_line
 class Tree:
     """The files under a suite's URI, as paths inside it."""
 
-    uri: str  # without a trailing slash
+    uri: str  # without a trailing slash; on the hub, with the commit
     name: str  # of the suite
     files: tuple[str, ...]  # sorted
 
     def path(self, file: str) -> str:
-        """The URI of one of the files; an URI stays itself."""
+        """The URI of one of the files; an URI stays itself, with a commit if it is the hub's."""
+        if hub.is_hub(file):
+            return hub.pin(file)
         return file if "://" in file else f"{self.uri}/{file}"
 
     def has(self, file: str) -> bool:
@@ -42,15 +48,26 @@ class Tree:
         return [file for file in self.files if file.rsplit("/", 1)[-1] in names]
 
     @property
+    def last(self) -> str:
+        """The last part of the URI, without a revision, whatever the suite is called."""
+        if hub.is_hub(self.uri):
+            place = hub.parse(self.uri)
+            return (place.path or place.repo).rsplit("/", 1)[-1]
+        return self.uri.rsplit("/", 1)[-1]
+
+    @cached_property
     def _set(self) -> frozenset[str]:
         return frozenset(self.files)
 
 
 def open_tree(uri: str, name: str | None = None) -> Tree:
     """List a suite. Raises InputError where there is no directory."""
+    if hub.is_hub(uri):
+        return _open_hub(uri, name)
     uri = uri.rstrip("/")
     try:
         fs, root = fsspec.core.url_to_fs(uri)
+        fs.invalidate_cache()  # what an object store's filesystem remembers of an earlier listing
         there = fs.isdir(root)
         files = fs.find(root) if there else []
     except Exception as error:  # each filesystem has errors of its own for networks and credentials
@@ -58,7 +75,21 @@ def open_tree(uri: str, name: str | None = None) -> Tree:
     if not there:
         raise InputError(f"saes.uri: no such directory: {uri}; the URI of a suite, not of a file, is wanted")
     root = str(root).rstrip("/")
-    return Tree(uri, name or uri.split("/")[-1], tuple(sorted(file[len(root) + 1 :] for file in files)))
+    if isinstance(fs, LocalFileSystem) and "://" not in uri:
+        uri = root  # whole, so that "." has a name and a worker elsewhere finds the files
+    inside = sorted(file[len(root) + 1 :] for file in files if not file.endswith("/"))
+    return Tree(uri, name or uri.rsplit("/", 1)[-1], tuple(inside))
+
+
+def _open_hub(uri: str, name: str | None) -> Tree:
+    place = hub.commit(hub.parse(uri))
+    files = hub.files(place)
+    if not files or files == [""]:
+        raise InputError(
+            f"saes.uri: no such directory: {place.uri}; the URI of a repository or a folder is wanted"
+        )
+    tree = Tree(place.uri, "", tuple(sorted(files)))
+    return replace(tree, name=name or tree.last)
 
 
 def read_json(uri: str) -> dict[str, Any]:
@@ -73,8 +104,9 @@ def read_yaml(uri: str) -> dict[str, Any]:
 
 def _read(uri: str, parse: Any) -> dict[str, Any]:
     try:
-        with fsspec.open(uri, "rb") as stream:
-            value = parse(stream.read())
+        value = parse(remote.read_bytes(uri))
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"saes: cannot read {uri}: {one_line(error)}") from error
     if not isinstance(value, dict):

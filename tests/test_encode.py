@@ -1,8 +1,8 @@
-"""The encoders against the formula, exactly: all numbers are small integers, so float32 sums have no error.
+"""The jumprelu encoder against the formula, exactly: small integers, so that float32 sums have no error.
 
 With integers every order of summation gives the same pre-activation, thresholds are met exactly all the
 time, and a single wrong row, value or position shows. Blocks are made so small that widths and token
-counts are rarely multiples of them.
+counts are rarely multiples of them. test_rules.py has the other rules.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_runtime import encode, reference
-from sae_runtime.encode import Encoder, Sparse, compact_torch
+from sae_runtime.encode import Cut, Encoder, Sparse, compact_loops, compact_torch
 from sae_runtime.sae import SaeWeights
 
 Rows = list[tuple[int, int, float]]
@@ -77,9 +77,9 @@ def case(seed: int, tokens: int, width: int, d: int) -> tuple[np.ndarray, np.nda
 class TorchEncoder(Encoder):
     """The path of other devices, on the CPU."""
 
-    def _compact(self, columns: torch.Tensor, first: int, offset: int) -> Sparse:
-        self.device = torch.device("cuda")
-        return super()._compact(columns, first, offset)
+    def __init__(self, weights: SaeWeights, device: torch.device) -> None:
+        super().__init__(weights, device)
+        self.loops = False
 
 
 @pytest.mark.parametrize("kind", [Encoder, TorchEncoder])
@@ -153,13 +153,12 @@ def test_the_rounding_of_every_kind_of_number() -> None:
         np.uint32,
     )
     wanted = [0x3F80, 0x3F82, 0x3F81, 0x3F80, 0x7F7F, None, 0x0001, 0x0002, None]
-    pre = bits.view(np.float32)[None, :].copy()
-    threshold = np.zeros(1, np.float32)
+    pre = torch.from_numpy(bits.view(np.float32)[None, :].copy())
+    one = np.ones((1, 1), np.float32)
+    cut = Cut.of(weights(one, np.zeros(1), np.zeros(1)))
+    assert cut is not None
     expected = [(t, code) for t, code in enumerate(wanted) if code is not None]
-    for found in (
-        Sparse(*encode._compact_numba(pre, threshold, 0)),
-        compact_torch(torch.from_numpy(pre), torch.from_numpy(threshold), 0),
-    ):
+    for found in (compact_loops(pre, cut, 0), compact_torch(pre, cut, 0)):
         assert list(zip(found.token.tolist(), found.code.tolist(), strict=True)) == expected
 
 
@@ -169,8 +168,10 @@ def test_both_compactions_agree(seed: int, tokens: int, width: int) -> None:
     rng = np.random.default_rng(seed)
     pre = rng.normal(size=(width, tokens)).astype(np.float32)
     threshold = rng.choice(pre.ravel(), width)
-    one = Sparse(*encode._compact_numba(pre, threshold, 1000))
-    other = compact_torch(torch.from_numpy(pre), torch.from_numpy(threshold), 1000)
+    cut = Cut.of(weights(np.ones((1, width)), np.zeros(width), threshold))
+    assert cut is not None
+    one = compact_loops(torch.from_numpy(pre), cut, 1000)
+    other = compact_torch(torch.from_numpy(pre), cut, 1000)
     wanted = [
         (f, 1000 + t, float(bfloat16(pre[f, t])))
         for f in range(width)
@@ -180,12 +181,18 @@ def test_both_compactions_agree(seed: int, tokens: int, width: int) -> None:
     assert rows(one) == rows(other) == wanted
 
 
-def test_squared_error_is_the_formula() -> None:
+@pytest.mark.parametrize("kind", [Encoder, TorchEncoder])
+def test_squared_error_is_the_formula(kind: type[Encoder]) -> None:
     x, W, b, threshold = case(5, 30, 20, 6)
     rng = np.random.default_rng(6)
     W_dec, b_dec = rng.integers(-3, 4, (20, 6)), rng.integers(-3, 4, 6)
     sae = weights(W, b, threshold)
     sae = replace(sae, W_dec=torch.from_numpy(W_dec).float(), b_dec=torch.from_numpy(b_dec).float())
-    wanted = ((x - (formula(x, W, b, threshold) @ W_dec + b_dec)) ** 2).sum()
-    found = Encoder(sae, torch.device("cpu")).squared_error(torch.from_numpy(x))
-    assert found == pytest.approx(wanted, rel=1e-6)
+    y = formula(x, W, b, threshold) @ W_dec + b_dec
+    encoder = kind(sae, torch.device("cpu"))
+    assert encoder.has_decoder
+    assert encoder.squared_error(torch.from_numpy(x)) == ((x - y) ** 2).sum()
+    target = rng.integers(-9, 10, x.shape)
+    found = encoder.squared_error(torch.from_numpy(x), torch.from_numpy(target).bfloat16())
+    assert found == ((target - y) ** 2).sum()
+    assert not kind(replace(sae, W_dec=None, b_dec=None), torch.device("cpu")).has_decoder

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_encode import rows
+from test_rules import RULES, formula, listed, make_case, normed_case, small_blocks
 
 import queries
 from sae_runtime import reference
@@ -37,6 +39,35 @@ def test_the_encoder_on_a_gpu_is_the_reference_up_to_float32_rounding():
     both = (dense > 0) & (wanted > 0)
     assert np.abs(dense[both] / wanted[both] - 1).max() <= 2.0**-7
     assert (dense[both] != wanted[both]).mean() < 0.01
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("seed", range(5))
+def test_every_rule_on_a_gpu_is_exact_on_integers(
+    rule: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extras = ({"b_pre"}, {"glu"}, {"scale"}, {"sunk", "glu"}, {"scale", "b_pre", "glu"})[seed]
+    case = make_case(seed, rule, 70, 4104, (27, 8, 1, 108, 513)[seed], (1, 3, 9, 1, 2)[seed], extras)
+    for blocks in (None, 13):
+        if blocks:
+            small_blocks(monkeypatch, blocks, 1000)
+        found = Encoder(case.weights(), torch.device("cuda")).encode(case.inputs().cuda())
+        assert rows(found) == listed(formula(case))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("norm", ["none", "constant_norm", "unit_rms", "center", "layer_norm"])
+def test_the_reconstruction_on_a_gpu(rule: str, norm: str) -> None:
+    case, how = normed_case(norm, rule)
+    d = case.x.shape[1]
+    rng = np.random.default_rng(0)
+    case.tensors["W_dec"] = rng.integers(-3, 4, (36, d)).astype(np.float64)
+    case.tensors["b_dec"] = rng.integers(-3, 4, d).astype(np.float64)
+    sae = case.weights(input=how)
+    wanted = Encoder(sae, torch.device("cpu")).squared_error(case.inputs())
+    found = Encoder(sae, torch.device("cuda")).squared_error(case.inputs().cuda())
+    # A last bit of a norm decides between equal ranks, so a few tokens may differ.
+    assert found == pytest.approx(wanted, rel=1e-5 if norm == "none" else 0.05)
 
 
 def test_a_scan_on_a_gpu_gives_the_same_documents_and_nearly_the_same_rows(

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from click.testing import CliRunner
@@ -330,3 +331,42 @@ def command_error(*arguments: str) -> None:
     from jobs.cli import cli
 
     cli.main(list(arguments), standalone_mode=False)
+
+
+def test_a_suite_in_a_bucket_is_listed_by_range_and_copied_once(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_runtime import suites, weights
+
+    monkeypatch.setenv("CORPUSCOPE_CACHE", str(tmp_path / "cache"))
+    path = "layer_2/width_8k/average_l0_5"
+    file = tmp_path / "params.npz"
+    uri = f"s3://{BUCKET}/suites/my-res"
+
+    def put(value: float) -> None:
+        shapes = {"W_enc": (64, 4096), "W_dec": (4096, 64), "b_enc": 4096, "b_dec": 64, "threshold": 4096}
+        np.savez(file, **{name: np.full(shape, value, np.float32) for name, shape in shapes.items()})
+        s3fs.S3FileSystem(skip_instance_cache=True).put(str(file), f"{uri}/{path}/params.npz")
+
+    put(1.0)
+    ranges: list[int] = []
+    fetch = s3fs.core.S3File._fetch_range
+
+    def counted(self: Any, start: int, end: int) -> bytes:
+        ranges.append(end - start)
+        found: bytes = fetch(self, start, end)
+        return found
+
+    monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", counted)
+    (info,) = suites.find(uri)
+    assert (info.id, info.d_in, info.width) == (f"my-res/{path}", 64, 4096)
+    assert 0 < sum(ranges) < 14_000
+    assert weights.read(info.uri, ["b_dec"])["b_dec"].tolist() == [1.0] * 64
+    assert sum(ranges) < 28_000
+    copies = tmp_path / "cache" / "suites"
+    assert not copies.exists()
+    for value, count in ((1.0, 1), (1.0, 1), (2.0, 2), (2.0, 2)):
+        if value == 2.0 and len(list(copies.rglob("params.npz"))) == 1:
+            put(2.0)  # by somebody else: this process remembers what it listed
+        assert (suites.load(info).W_enc == value).all()
+        assert len(list(copies.rglob("params.npz"))) == count

@@ -88,7 +88,8 @@ def test_a_misspelt_key_is_named_before_the_key_that_is_missing_for_it(tmp_path:
         (
             "context.exclude",
             ["x"],
-            "context.exclude[0]: special, first or a mapping with the key norm_above is wanted (given: 'x')",
+            "context.exclude[0]: special, template, first or a mapping with the keys norm_above, roles is "
+            "wanted (given: 'x')",
         ),
         (
             "context.exclude",
@@ -143,12 +144,26 @@ def test_several_problems_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "what"),
     [
-        ("corpus.messages", "turns", "conversations (`messages`) are not supported yet"),
-        ("context.exclude", ["template"], "`template` is not supported yet"),
-        ("context.exclude", [{"roles": ["system"]}], "`roles` is not supported yet"),
+        ("corpus.template", "chat.jinja", "corpus[0]: `template` is for conversations; give their column"),
+        ("corpus", {"uri": "a", "text": "t", "messages": "m"}, "corpus[0]: `text` and `messages` are both"),
+        ("corpus.messages", 3, "corpus[0].messages: text is wanted (given: 3)"),
+        ("context.exclude", [{}], "context.exclude[0]: norm_above or roles is wanted"),
+        ("context.exclude", [{"roles": []}], "context.exclude[0].roles: a list of at least one is wanted"),
+        (
+            "context.exclude",
+            [{"rolls": "system"}],
+            "context.exclude[0].rolls: unknown key; did you mean 'roles'?",
+        ),
+        (
+            "context.exclude",
+            ["roles"],
+            "context.exclude[0]: special, template, first or a mapping with the keys",
+        ),
     ],
 )
-def test_what_is_not_there_yet_says_so(tmp_path: Path, place: str, value: Any, what: str) -> None:
+def test_conversations_and_exclusions_that_make_no_sense(
+    tmp_path: Path, place: str, value: Any, what: str
+) -> None:
     assert what in problem(tmp_path, edited(place, value))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipelines.ledger import Commit
+from pipelines.selfcheck import Measured
 from pipelines.unit import Work
 
 
@@ -30,6 +31,7 @@ class Committed:
     work: Work
     commit: Commit
     own: bool = True
+    measured: tuple[Measured, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -47,4 +47,4 @@ class InlineExecutor:
         except Exception as error:
             observe(Failed(work, f"{type(error).__name__}: {one_line(error)}", traceback.format_exc()))
         else:
-            observe(Committed(work, scanned.commit, scanned.own))
+            observe(Committed(work, scanned.commit, scanned.own, scanned.measured))

@@ -175,7 +175,7 @@ class RayExecutor:
             observe(Failed(work, f"worker lost {attempt} times: {one_line(error)}"))
             return False
         if not isinstance(result, tuple):
-            observe(Committed(work, result.commit, result.own))
+            observe(Committed(work, result.commit, result.own, result.measured))
             return False
         kind, message, detail = result
         if kind == "input":

@@ -7,9 +7,41 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from sae_runtime.formats import gemma_scope
+from sae_runtime.formats import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    goodfire,
+    hook_z,
+    llama_scope,
+    llama_scope_r1,
+    llamascopium,
+    openai_gpt2,
+    qresearch,
+    qwen_scope,
+    saelens,
+    sparsify,
+    temporal,
+)
 
-FORMATS: tuple[ModuleType, ...] = (gemma_scope,)
+FORMATS: tuple[ModuleType, ...] = (
+    gemma_scope,
+    gemma_scope_2,
+    sparsify,
+    llama_scope,
+    saelens,
+    llama_scope_r1,
+    llamascopium,
+    dictionary_learning,
+    qwen_scope,
+    circuit_tracer,
+    goodfire,
+    openai_gpt2,
+    qresearch,
+    hook_z,
+    temporal,
+)
 
 
 def by_name(name: str) -> ModuleType:

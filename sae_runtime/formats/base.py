@@ -75,3 +75,19 @@ def need(found: dict[str, Any], name: str, file: str) -> Any:
     if name not in found:
         raise InputError(f"saes: no {name} in {file}")
     return found[name]
+
+
+def number(found: dict[str, Any], name: str, file: str) -> float:
+    """A config's number. Raises InputError where it is missing, something else or not finite."""
+    value = need(found, name, file)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        raise InputError(f"saes: {name} in {file} is {value!r}, not a number")
+    return float(value)
+
+
+def whole(found: dict[str, Any], name: str, file: str) -> int:
+    """A config's whole number. Raises InputError where it is missing or something else."""
+    value = number(found, name, file)
+    if value != int(value):
+        raise InputError(f"saes: {name} in {file} is {value!r}, not a whole number")
+    return int(value)

@@ -1,0 +1,1 @@
+"""Synthetic SAEs in the exact file shape of each published format, and what their formulas give."""
