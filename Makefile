@@ -47,7 +47,8 @@ $(PEERS): constraints-peers.txt pyproject.toml
 	.venv-peers/bin/python -m pip install --quiet -c constraints-peers.txt --editable . \
 		sae-lens eai-sparsify pytest pytest-timeout \
 		'llamascopium; python_version >= "3.11" and python_version < "3.13"'
-	.venv-peers/bin/python -m pip install --quiet -c constraints-peers.txt --no-deps dictionary-learning
+	.venv-peers/bin/python -m pip install --quiet -c constraints-peers.txt --no-deps \
+		circuit-tracer dictionary-learning
 	touch $(PEERS)
 
 peers: $(PEERS)

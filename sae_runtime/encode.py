@@ -10,7 +10,8 @@ the rules that rank     products [tokens, features], selected token by token (to
 
 Trade-off, measured (2 cores, 4,096 tokens x 4,096 features x d 576, 82 active per token): finding the
 survivors costs 12 to 13 ms with the loop below against 65 ms for torch compare + nonzero; the
-transposed product makes sorted output free. Devices other than the CPU take the torch path.
+transposed product makes sorted output free. Same shape, k 64: selecting and sorting cost 40 to 50 ms, a
+product 62 to 70. Devices other than the CPU take the torch path.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Invariant: `SaeInfo` is small, frozen and crosses processes; `SaeWeights` holds float32 tensors in the
 orientation of `x @ W_enc`, exactly as published, with the publisher's own order of operations:
 
-    z = normalise(x) * scale - b_pre              pre = (z W_enc + b_enc) [* sigmoid(x W_glu + b_glu)]
+    z = normalise(x) * scale - b_pre              pre = (z W_enc + b_enc) [* sigmoid(z W_glu + b_glu)]
 
 and then `rule` decides which features are active and what their activations are (`reference.py`).
 Nothing is folded into the weights except where a loader's page in docs/FORMATS.md says the publisher
@@ -84,7 +84,9 @@ class SaeWeights:
     b_enc: torch.Tensor  # [width]; of a gated SAE its b_mag
     W_dec: torch.Tensor | None = None  # [width, d_out]
     b_dec: torch.Tensor | None = None  # [d_out]
-    W_skip: torch.Tensor | None = None  # [d_in, d_out], x @ W_skip is added to the reconstruction
+    W_skip: torch.Tensor | None = (
+        None  # [d_in, d_out], normalise(x) * scale @ W_skip is added to the decoder's
+    )
     threshold: torch.Tensor | None = None  # [width], jumprelu
     k: int | None = None  # topk, abstopk; groups of a groupmax
     input: Input = Input()

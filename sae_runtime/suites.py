@@ -89,6 +89,10 @@ def load(info: SaeInfo) -> SaeWeights:
             raise InputError(f"saes: {key} in {info.uri} has values that are not finite")
     if sae.k is not None and not 0 < sae.k <= m:
         raise InputError(f"saes: k is {sae.k} in {info.uri}, which has {m} features")
+    if sae.rule == "groupmax" and m % (sae.k or 1):
+        raise InputError(f"saes: k is {sae.k} in {info.uri}, which does not divide its {m} features")
+    if sae.select_scale is not None and (sae.select_scale < 0).any():
+        raise InputError(f"saes: select_scale of {info.uri} is negative somewhere")
     return sae
 
 

