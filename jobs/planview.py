@@ -46,7 +46,7 @@ def look(spec: ScanSpec, text: str) -> PlanView:
         check_identity(spec.index, have, identity(prepared, metadata, groups))
     commits = ledger.commits() if have else {}
     done = sum(all((u.unit, g) in commits for g in range(len(groups))) for u in planned.units)
-    found = estimate(prepared, planned)
+    found = estimate(prepared, planned, groups)
     return PlanView(prepared, planned, found, len(groups), have is not None, done)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -56,7 +57,7 @@ class Estimate:
         return sum(self.tables.values())
 
 
-def estimate(prepared: Prepared, planned: Planned) -> Estimate:
+def estimate(prepared: Prepared, planned: Planned, groups: Sequence[Sequence[str]]) -> Estimate:
     """Estimate the whole index that a plan's live units make."""
     shares = [prepared.spec.share(planned.files[u.corpus, u.path].source) for u in planned.units]
     text_bytes = round(sum(u.bytes * share for u, share in zip(planned.units, shares, strict=True)))
@@ -81,7 +82,7 @@ def estimate(prepared: Prepared, planned: Planned) -> Estimate:
         tokens,
         per_token,
         tables,
-        worker_memory(prepared),
+        worker_memory(prepared, groups),
         2.0 * used,  # two operations per weight
         sum(2.0 * s.d_in * s.width for s in prepared.saes),
     )
@@ -132,9 +133,10 @@ def bytes_per_token(prepared: Prepared, planned: Planned) -> float:
     return size / count if count else 4.0
 
 
-def worker_memory(prepared: Prepared) -> int:
-    """Bytes of one worker: SAEs, one chunk's activations, rows held, and the model's layers."""
-    saes = sum(sae_bytes(sae) for sae in prepared.saes)
+def worker_memory(prepared: Prepared, groups: Sequence[Sequence[str]]) -> int:
+    """Bytes of one worker: the largest group's SAEs, activations, rows held, the model's layers."""
+    by_id = {sae.id: sae for sae in prepared.saes}
+    saes = max(sum(sae_bytes(by_id[sae]) for sae in group) for group in groups)
     sites = {sae.site: sae.d_in for sae in prepared.saes}
     chunk = CHUNK_TOKENS[prepared.device] * sum(sites.values()) * 4
     weights, _ = model_size(prepared.source, list(sites))

@@ -112,7 +112,7 @@ def run_scan(
         _name_limits(planned, spec, notice)
         if not todo and not planned.is_new:
             return Outcome(planned.plan.run, 0, 0, 0, 0.0, ())
-        check_size(prepared, planned, estimate(prepared, planned), spec.index)
+        check_size(prepared, planned, estimate(prepared, planned, groups), spec.index)
         if todo:
             session.connect()
         _register(store, ledger, want, planned, prepared)
@@ -194,8 +194,10 @@ class _Session:
         heart.beat({})
         flying: dict[str, int] = {}
         checked: set[int] = set()  # SAE groups whose first unit has been looked at
+        causes = True  # the likely ones are told once
 
         def watch(event: Event) -> None:
+            nonlocal causes
             work = event.work
             if isinstance(event, Progress):
                 flying[work.unit.unit] = event.tokens
@@ -206,8 +208,10 @@ class _Session:
                 commits.append(event.commit)
                 if work.group not in checked and event.commit.tokens >= MIN_TOKENS:
                     checked.add(work.group)
-                    for line in complaints(setup.groups[work.group], event.measured):
+                    told = complaints(setup.groups[work.group], event.measured)
+                    for line in told if causes else told[:-1]:
                         notice(line)
+                    causes = causes and not told
             elif isinstance(event, Failed):
                 failed.append(event)
                 record = {

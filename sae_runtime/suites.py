@@ -12,11 +12,12 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from sae_runtime import hub, weights
-from sae_runtime.errors import InputError
+from sae_runtime.errors import InputError, one_line
 from sae_runtime.formats import FORMATS, by_name, format_name
 from sae_runtime.formats.base import Candidate, Description
 from sae_runtime.sae import SaeInfo, SaeWeights
@@ -41,6 +42,8 @@ def find(
     nothing, and for an SAE that cannot be read exactly; with `refused` that is told instead. `progress`
     is told how many of how many have been looked at.
     """
+    if site is not None and site not in KINDS:
+        raise InputError(f"saes.site: {site!r} is unknown; known are {', '.join(KINDS)}")
     tree = open_tree(uri, name)
     known = _candidates(tree)
     if not known:
@@ -52,7 +55,11 @@ def find(
     def describe(path: str) -> SaeInfo | InputError:
         module, candidate = known[path]
         try:
-            return _info(tree, module, candidate, module.describe(tree, candidate), site, keep)
+            if candidate.error is not None:
+                raise candidate.error
+            file = tree.path(candidate.files[0])
+            described = _guarded(file, lambda: module.describe(tree, candidate))
+            return _info(tree, module, candidate, described, site, keep)
         except InputError as error:
             return error
 
@@ -75,9 +82,9 @@ def find(
 
 def load(info: SaeInfo) -> SaeWeights:
     """The tensors of an SAE, as float32. InputError names a tensor that is not as it should be."""
-    sae: SaeWeights = by_name(info.format).load(info)
+    sae: SaeWeights = _guarded(info.uri, lambda: by_name(info.format).load(info))
     d, m = info.d_in, info.width
-    n = next((len(b) for b in (sae.b_dec,) if b is not None), None)
+    n = None if sae.b_dec is None else d if sae.restore else sae.b_dec.numel()
     shapes = {
         "W_enc": (d, m), "b_enc": (m,), "W_dec": (m, n), "b_dec": (n,), "W_skip": (d, n), "threshold": (m,),
         "b_pre": (d,), "b_gate": (m,), "r_mag": (m,), "select_scale": (m,), "W_glu": (d, m), "b_glu": (m,),
@@ -85,6 +92,8 @@ def load(info: SaeInfo) -> SaeWeights:
     for key, tensor in sae.tensors().items():
         if tuple(tensor.shape) != shapes[key]:
             raise InputError(f"saes: {key} in {info.uri} is {tuple(tensor.shape)}, not {shapes[key]}")
+        if tensor.dtype != torch.float32:
+            raise InputError(f"saes: {key} in {info.uri} holds {str(tensor.dtype)[6:]}, not floating numbers")
         if not torch.isfinite(tensor).all():
             raise InputError(f"saes: {key} in {info.uri} has values that are not finite")
     if sae.k is not None and not 0 < sae.k <= m:
@@ -93,7 +102,25 @@ def load(info: SaeInfo) -> SaeWeights:
         raise InputError(f"saes: k is {sae.k} in {info.uri}, which does not divide its {m} features")
     if sae.select_scale is not None and (sae.select_scale < 0).any():
         raise InputError(f"saes: select_scale of {info.uri} is negative somewhere")
+    if sae.threshold is not None and bool((sae.threshold == -1).all()):
+        raise InputError(
+            f"saes: threshold in {info.uri} is -1 throughout, the mark of one that was never calibrated; "
+            "leave this SAE out"
+        )
     return sae
+
+
+def _guarded(file: str, reader: Callable[[], Any]) -> Any:
+    """What a format's module gives; whatever its reader trips over in a file's contents names the file."""
+    try:
+        return reader()
+    except InputError:
+        raise
+    except Exception as error:  # a list where a name belongs, a scalar where a vector does
+        raise InputError(
+            f"saes: {file} or its config is not as its format has it: {type(error).__name__}: "
+            f"{one_line(error)}"
+        ) from error
 
 
 def duplicates(infos: Sequence[SaeInfo]) -> dict[str, str]:
@@ -184,18 +211,25 @@ def _info(
 ) -> SaeInfo:
     at, out = found.site, found.out
     if at is None:
-        if site is None or found.layer is None:
+        if found.layer is None:
+            raise InputError(
+                f"saes.site: nothing says which layer {tree.path(candidate.files[0])} reads; "
+                "its folder or its config has to be named as published"
+            )
+        if site is None:
             raise InputError(
                 f"saes.site: neither {tree.path(candidate.files[0])} nor the suite's name {tree.name!r} "
                 f"says its site; set `site: resid_post` or another of {', '.join(KINDS)}"
             )
         at = out = Site(found.layer, site)
+        if site == "mlp_in_unit":  # nothing but transcoders reads there, and what they give is not said
+            out = None
     elif site is not None and site != at.kind:
         if not found.by_name:
             raise InputError(f"saes.site: {site}, but {tree.path(candidate.files[0])} is for {at.kind}")
         at = out = Site(at.layer, site)
     return SaeInfo(
-        id=f"{tree.name}/{candidate.path}" if candidate.path else tree.name,
+        id=_id(tree, candidate.path),
         suite=tree.name,
         path=candidate.path,
         format=format_name(module),
@@ -212,6 +246,10 @@ def _info(
         options=json.dumps(found.options, sort_keys=True),
         keep=keep,
     )
+
+
+def _id(tree: Tree, path: str) -> str:
+    return f"{tree.name}/{path}" if path else tree.name
 
 
 def _select(
@@ -232,7 +270,7 @@ def _select(
             named = [
                 path
                 for path in known
-                if fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(f"{tree.name}/{path}", pattern)
+                if fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(_id(tree, path), pattern)
             ]
         if not named:
             raise InputError(

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -69,7 +70,8 @@ def open_tree(uri: str, name: str | None = None) -> Tree:
         fs, root = fsspec.core.url_to_fs(uri)
         fs.invalidate_cache()  # what an object store's filesystem remembers of an earlier listing
         there = fs.isdir(root)
-        files = fs.find(root) if there else []
+        local = isinstance(fs, LocalFileSystem)
+        files = (_walk(Path(root)) if local else fs.find(root)) if there else []
     except Exception as error:  # each filesystem has errors of its own for networks and credentials
         raise InputError(f"saes.uri: {uri}: {one_line(error)}") from error
     if not there:
@@ -79,6 +81,16 @@ def open_tree(uri: str, name: str | None = None) -> Tree:
         uri = root  # whole, so that "." has a name and a worker elsewhere finds the files
     inside = sorted(file[len(root) + 1 :] for file in files if not file.endswith("/"))
     return Tree(uri, name or uri.rsplit("/", 1)[-1], tuple(inside))
+
+
+def _walk(at: Path, above: tuple[Path, ...] = ()) -> list[str]:
+    """Every file of a local directory, through links to directories too, but never into one it is within."""
+    real = at.resolve()
+    found: list[str] = []
+    if real not in above:
+        for entry in at.iterdir():
+            found += _walk(entry, (*above, real)) if entry.is_dir() else [entry.as_posix()]
+    return found
 
 
 def _open_hub(uri: str, name: str | None) -> Tree:

@@ -757,7 +757,7 @@ def test_auto_is_the_tokenizers_template_and_the_estimate_counts_it(
     spec = write_spec(tmp_path, corpus=corpus, model={"uri": "model"})
     prepared = prepare(load_spec(str(spec))[0], "cpu")
     planned, _ = plan_units(prepared, Ledger(Store(str(tmp_path / "index"))), "", False)
-    found = estimate(prepared, planned)
+    found = estimate(prepared, planned, [[sae.id for sae in prepared.saes]])
     assert found.documents == 4
     assert found.text_bytes == sum(len(m["content"].encode()) for chat in CHATS for m in chat)
     assert not scan_inline(spec).failed

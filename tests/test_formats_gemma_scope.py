@@ -69,7 +69,7 @@ def test_a_threshold_met_exactly_is_inactive_and_a_negative_one_is_relu(tmp_path
 def test_a_renamed_copy_asks_for_its_site_and_takes_it(tmp_path: Path) -> None:
     uri = suite(tmp_path, "copy", "layer_1/width_16k/average_l0_7")
     with pytest.raises(
-        InputError, match=r"saes\.site: .*'copy' says its site; set `site:` to one of .*attn_z"
+        InputError, match=r"saes\.site: .*'copy' says its site; set `site: resid_post` or another of .*attn_z"
     ):
         suites.find(uri)
     (info,) = suites.find(uri, site="attn_z")

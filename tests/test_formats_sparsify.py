@@ -70,6 +70,9 @@ def test_what_makes_a_transcoder(
 ) -> None:
     folder = one(tmp_path / "transcoders" / suite, "layers.2.mlp")  # a folder above is no sign
     changed(folder / "layers.2.mlp/cfg.json", **cfg)
+    if cfg.get("skip_connection"):
+        file = folder / "layers.2.mlp/sae.safetensors"
+        save_file({**load_file(file), "W_skip": torch.zeros(D, D)}, file)
     if run is not None:
         (folder / "config.json").write_text(json.dumps(run))
     (info,) = suites.find(str(folder))
@@ -115,7 +118,7 @@ def test_a_missing_cfg_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_module_says_no_site(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"saes\.site: .*says its site"):
+    with pytest.raises(InputError, match=r"saes\.site: nothing says which layer .*something/"):
         suites.find(str(one(tmp_path, "something")))
 
 

@@ -34,6 +34,7 @@ class Candidate:
     files: tuple[str, ...]  # paths in the tree (or URIs); the weights first
     part: int | None = None  # which one, where a file holds several
     canonical: bool | None = None  # whether `canonical` takes it; None where a format has no such choice
+    error: InputError | None = None  # why a file that names alone do not tell could not be read
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,14 @@ def number(found: dict[str, Any], name: str, file: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
         raise InputError(f"saes: {name} in {file} is {value!r}, not a number")
     return float(value)
+
+
+def boolean(found: dict[str, Any], name: str, file: str, default: bool) -> bool:
+    """A config's true or false, `default` where missing or null. Raises InputError for anything else."""
+    value = found.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"saes: {name} in {file} is {value!r}, not true or false")
+    return default if value is None else value
 
 
 def whole(found: dict[str, Any], name: str, file: str) -> int:

@@ -29,8 +29,9 @@ import torch
 
 from sae_runtime import weights
 from sae_runtime.errors import InputError
-from sae_runtime.formats.base import JUMPRELU, RELU, Candidate, Description, matrix, need, options
+from sae_runtime.formats.base import JUMPRELU, RELU, Candidate, Description, matrix, need, options, whole
 from sae_runtime.formats.hub_names import hub_id
+from sae_runtime.hub import HubError
 from sae_runtime.sae import Rule, SaeInfo, SaeWeights
 from sae_runtime.sites import KINDS, Site, from_transformer_lens
 from sae_runtime.tree import Tree, folder, read_yaml, stem
@@ -152,14 +153,25 @@ def load(info: SaeInfo) -> SaeWeights:
 
 def _listed(tree: Tree, file: str) -> list[Candidate]:
     """The files that a config.yaml lists by layer. None of a config.yaml of something else."""
-    config, top = read_yaml(tree.path(file)), folder(file)
+    top = folder(file)
+    try:
+        config = read_yaml(tree.path(file))
+    except HubError:
+        raise
+    except InputError as error:  # its own fault alone: the SAEs beside it are read without it
+        return [Candidate(top or "config", (file,), error=error)]
     listed = config.get("transcoders")
-    if config.get("model_kind") not in _KINDS or not isinstance(listed, list):
+    ours = config.get("model_kind") in _KINDS or "feature_input_hook" in config
+    if not ours or not isinstance(listed, list):
         return []
-    return [
-        Candidate(f"{top}/layer_{layer}" if top else f"layer_{layer}", (_uri(tree, file, str(entry)), file))
-        for layer, entry in enumerate(listed)
-    ]
+    found = []
+    for layer, entry in enumerate(listed):
+        path = f"{top}/layer_{layer}" if top else f"layer_{layer}"
+        try:
+            found.append(Candidate(path, (_uri(tree, file, str(entry)), file)))
+        except InputError as error:
+            found.append(Candidate(path, (f"{path} of {file}",), error=error))
+    return found
 
 
 def _uri(tree: Tree, config: str, entry: str) -> str:
@@ -216,20 +228,24 @@ def _layout(found: dict[str, Header], file: str, layer: int) -> _Layout:
 def _rule(
     config: dict[str, Any], where: str, found: dict[str, Header], layout: _Layout, clt: bool, suite: str
 ) -> tuple[Rule, int | None]:
-    """The rule, and k where the config has it (a file's own k is known when it is loaded)."""
+    """The rule, and k where the config has it (a file's own k is known when it is loaded).
+
+    A file's threshold makes a jumprelu even where the config says relu, as the library has it.
+    """
     activation, threshold = config.get("activation"), layout.threshold in found
     if clt and (activation == "topk" or "k" in found):
         raise InputError(f"saes: {where}: activation topk of a cross-layer transcoder has no known meaning")
     if activation == "topk" or (activation is None and "k" in found):
-        k = config.get("k", _FIXED_K.get(suite))
+        fixed = None if config.get("k") is None else whole(config, "k", where)
+        k = _FIXED_K.get(suite) if fixed is None else fixed
         if k is None and "k" not in found:
             raise InputError(f"saes: {where}: activation topk, but no k; add it")
-        return "topk_signed", None if k is None else int(k)
-    if activation == "relu":
-        return "relu", None
+        return "topk_signed", k
+    if activation is None and config.get("k") is not None:
+        raise InputError(f"saes: {where}: k, but no activation that has one; add `activation: topk`")
     if activation in ("jumprelu", "jump_relu") and not threshold:
         raise InputError(f"saes: {where}: activation {activation}, but a file without {layout.threshold}")
-    if activation not in (None, "jumprelu", "jump_relu"):
+    if activation not in (None, "relu", "jumprelu", "jump_relu"):
         raise InputError(
             f"saes: {where}: activation {activation!r} is unknown; known are relu, jumprelu, topk"
         )
@@ -254,6 +270,11 @@ def _site(config: dict[str, Any], key: str, layer: int, where: str, strict: bool
     site = from_transformer_lens(name if name.startswith("blocks.") else f"blocks.{layer}.{name}")
     if site is None and strict:
         raise InputError(f"saes: {where}: {key} {hook!r} is no known site; known are {', '.join(KINDS)}")
+    if site is not None and site.layer != layer:
+        raise InputError(
+            f"saes: {where}: {key} {hook!r} is of layer {site.layer}, but the file of "
+            f"layer {layer}; write the hook without its block"
+        )
     return site
 
 

@@ -21,7 +21,17 @@ import torch
 
 from sae_runtime import weights
 from sae_runtime.errors import InputError
-from sae_runtime.formats.base import JUMPRELU, RELU, TOPK, Candidate, Description, matrix, need, options
+from sae_runtime.formats.base import (
+    JUMPRELU,
+    RELU,
+    TOPK,
+    Candidate,
+    Description,
+    matrix,
+    need,
+    options,
+    whole,
+)
 from sae_runtime.sae import Rule, SaeInfo, SaeWeights
 from sae_runtime.sites import Site
 from sae_runtime.tree import Tree, folder, read_json, stem
@@ -132,8 +142,9 @@ def describe(tree: Tree, candidate: Candidate) -> Description:
     if known.rule == "topk":
         k = _k(weights.read(file, ("k",)) if "k" in headers else {}, k, file)
     model = str(trainer.get("lm_name") or "")
-    kind = _kind(trainer, buffer, candidate.path, model, place)
-    layer = 0 if kind == "embed" else _layer(trainer, candidate.path, place)
+    path = f"{tree.uri}/{candidate.path}"  # of a suite that is one SAE's folder, the names are above it
+    kind = _kind(trainer, buffer, path, model, place)
+    layer = 0 if kind == "embed" else _layer(trainer, path, place)
     site = None if kind is None else Site(layer, kind)
     return Description(
         architecture=known.architecture,
@@ -183,20 +194,20 @@ def _k(found: dict[str, torch.Tensor], said: Any, file: str) -> int:
     """The stored k; older files have it in the config only."""
     if "k" in found:
         return int(found["k"].item())
-    if not isinstance(said, int):
+    if said is None:
         raise InputError(f"saes: no k in {file} nor in its config.json")
-    return said
+    return whole({"k": said}, "k", f"the config.json of {file}")
 
 
 def _layer(trainer: dict[str, Any], path: str, place: str) -> int:
     """`layer`, or the number in submodule_name or in a folder's name. Raises InputError without any."""
     layer = trainer.get("layer")
-    if isinstance(layer, int) or (isinstance(layer, str) and layer.isdigit()):
+    if type(layer) is int or (isinstance(layer, str) and layer.isdigit()):
         return int(layer)
     for text in (str(trainer.get("submodule_name") or ""), path):
-        match = re.search(r"(?:^|[._/])(?:blocks|layers|h|layer)[._]?(\d+)", text)
-        if match is not None:
-            return int(match[1])
+        layers = re.findall(r"(?:^|[._/])(?:blocks|layers|h|layer)[._]?(\d+)", text)
+        if layers:
+            return int(layers[-1])  # the innermost folder's
     raise InputError(f"saes: layer is {layer!r} in {place}, and no name says it")
 
 

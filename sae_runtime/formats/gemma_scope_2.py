@@ -138,6 +138,8 @@ def _site(known: dict[str, Any], key: str, part: int | None, file: str) -> Site:
     """The site of a hook; `part` counts in one of many layers, e.g. model.layers.{7,13,17,22}.output."""
     hook = str(known.get(key))
     many = re.search(r"\.\{([^}]*)\}\.", hook)
+    if part is not None and many is None:  # one place for all the files of a set would be wrong for most
+        raise InputError(f"saes: {key} of {file} is {hook!r}, which does not say the layers of its set")
     if many is not None and part is not None:
         layers = many[1].split(",")
         layer = str(part) if layers == ["all"] else layers[part].strip() if part < len(layers) else "?"

@@ -16,7 +16,8 @@ from __future__ import annotations
 from sae_runtime import weights
 from sae_runtime.errors import InputError
 from sae_runtime.formats import openmoss
-from sae_runtime.formats.base import JUMPRELU, Candidate, Description, matrix, need, options
+from sae_runtime.formats.base import JUMPRELU, Candidate, Description, boolean, matrix, need, options
+from sae_runtime.hub import HubError
 from sae_runtime.sae import Input, SaeInfo, SaeWeights
 from sae_runtime.sites import Site
 from sae_runtime.tree import Tree, read_json
@@ -46,7 +47,8 @@ def describe(tree: Tree, candidate: Candidate) -> Description:
     for key, value in {"act_fn": "jumprelu", "norm_activation": "dataset-wise"}.items():
         if str(cfg.get(key, value)).lower() != value:
             raise InputError(f"saes: {key} in {config} is {cfg[key]!r}; only {value!r} is known")
-    gated = bool(cfg.get("sparsity_include_decoder_norm", False))
+    openmoss.check_encoder(cfg, found, config)
+    gated = boolean(cfg, "sparsity_include_decoder_norm", config, False)
     hook_in = str(cfg.get("hook_point_in", ""))
     hook_out = str(cfg.get("hook_point_out", hook_in))
     site, out, layer = openmoss.sites(hook_in, hook_out, config)
@@ -100,7 +102,12 @@ def load(info: SaeInfo) -> SaeWeights:
 def _ours(name: str, file: str) -> bool:
     if openmoss.R1.fullmatch(name) or openmoss.LLAMASCOPIUM.match(name):
         return openmoss.R1.fullmatch(name) is not None
-    return "encoder.weight" in weights.headers(file)
+    try:
+        return "encoder.weight" in weights.headers(file)
+    except HubError:
+        raise
+    except InputError:  # unreadable: llamascopium, which goes by the config, says so of this one alone
+        return False
 
 
 def _trained_on(tree: Tree, candidate: Candidate) -> str | None:

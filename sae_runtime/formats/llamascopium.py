@@ -38,6 +38,7 @@ from sae_runtime.formats.base import (
 )
 from sae_runtime.formats.llama_scope_r1 import GATED_BY_NORM, SCALED
 from sae_runtime.formats.lone_pt import tensors
+from sae_runtime.hub import HubError
 from sae_runtime.sae import Input, Rule, SaeInfo, SaeWeights
 from sae_runtime.tree import Tree, read_json
 from sae_runtime.weights import Header
@@ -71,10 +72,17 @@ def candidates(tree: Tree) -> list[Candidate]:
         if openmoss.LLAMASCOPIUM.match(name) and "clt" not in name:
             found.append(Candidate(at, (file, config)))
             continue
-        cfg = read_json(tree.path(config))
-        if "sae_type" not in cfg and "expansion_factor" not in cfg:
+        try:
+            cfg = read_json(tree.path(config))
+            if "sae_type" not in cfg and "expansion_factor" not in cfg:
+                continue
+            clt = cfg.get("sae_type") == "clt"
+            layers = len(_hooks(cfg, "hook_points_in", tree.path(config))) if clt else 0
+        except HubError:
+            raise
+        except InputError as error:  # its own fault alone: the SAEs beside it are read without it
+            found.append(Candidate(at, (file, config), error=error))
             continue
-        layers = len(_hooks(cfg, "hook_points_in", tree.path(config))) if cfg.get("sae_type") == "clt" else 0
         found += [Candidate(openmoss.join(at, f"layer_{i}"), (file, config), part=i) for i in range(layers)]
         if not layers:
             found.append(Candidate(at, (file, config)))
@@ -106,6 +114,7 @@ def describe(tree: Tree, candidate: Candidate) -> Description:
         hook_in, hook_out = hooks_in[part], hooks_out[part]
         d_in, width = _layer_shape(found, part, file)
     openmoss.check_d_model(cfg, d_in, file)
+    openmoss.check_encoder(cfg, found, config)
     site, out, layer = openmoss.sites(hook_in, hook_out, config)
     gated = openmoss.flag(cfg, "sparsity_include_decoder_norm", config)
     architecture, convention = _ACTS[act]

@@ -12,6 +12,7 @@ from typing import Any
 from sae_runtime import weights
 from sae_runtime.errors import InputError
 from sae_runtime.formats.base import Candidate
+from sae_runtime.hub import HubError
 from sae_runtime.tree import Tree, stem
 from sae_runtime.weights import Header
 
@@ -24,7 +25,7 @@ _LAYER = re.compile(r"(?:^|[^A-Za-z0-9])l(?:ayer)?[-_]?(\d+)(?![0-9A-Za-z])", re
 
 
 def candidates(tree: Tree, has: frozenset[str], has_not: frozenset[str] = frozenset()) -> list[Candidate]:
-    """One for each lone file with the tensors `has` and none of `has_not`."""
+    """One for each lone file with the tensors `has` and none of `has_not`, and for each unreadable one."""
     found = []
     for file in tree.files:
         name = stem(file, ENDINGS)
@@ -32,7 +33,13 @@ def candidates(tree: Tree, has: frozenset[str], has_not: frozenset[str] = frozen
             continue
         if not (_NAMES.search(file.rsplit("/", 1)[-1]) or _LAYER.search(name.rsplit("/", 1)[-1])):
             continue
-        names = weights.headers(tree.path(file)).keys()
+        try:
+            names = weights.headers(tree.path(file)).keys()
+        except HubError:
+            raise
+        except InputError as error:  # its own fault alone: the SAEs beside it are read without it
+            found.append(Candidate(name, (file,), error=error))
+            continue
         if has <= names and not has_not & names:
             found.append(Candidate(name, (file,)))
     return found

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sae_runtime.errors import InputError
-from sae_runtime.formats.base import need
+from sae_runtime.formats.base import boolean, need
 from sae_runtime.sites import Site, from_transformer_lens
 from sae_runtime.tree import Tree, folder
 from sae_runtime.weights import Header
@@ -69,6 +69,22 @@ def check_d_model(cfg: dict[str, Any], d_in: int, file: str) -> None:
     """Refuse weights of another orientation or model than the config's."""
     if cfg.get("d_model") not in (None, d_in):
         raise InputError(f"saes: {file} has {d_in} inputs, but its config says d_model {cfg['d_model']}")
+
+
+def check_encoder(cfg: dict[str, Any], found: dict[str, Header], config: str) -> None:
+    """Refuse what other SAEs of OpenMOSS add to the encoder and the tensors that are read do not hold."""
+    if boolean(cfg, "apply_decoder_bias_to_pre_encoder", config, False):
+        raise InputError(f"saes: apply_decoder_bias_to_pre_encoder in {config} is true; only false is known")
+    glu = "W_E_glu" in found
+    if boolean(cfg, "use_glu_encoder", config, glu) != glu:
+        raise InputError(
+            f"saes: use_glu_encoder in {config} is {not glu}, but there is {'a' if glu else 'no'} W_E_glu"
+        )
+    others = [name for name in found if name.startswith("encoder_glu")]
+    if others:
+        raise InputError(
+            f"saes: {others[0]} in the weights of {config}: a GLU encoder is known as W_E_glu only"
+        )
 
 
 def norm_key(found: dict[str, Header], names: tuple[str, ...], file: str) -> str:

@@ -14,7 +14,7 @@ import re
 
 from sae_runtime import weights
 from sae_runtime.errors import InputError
-from sae_runtime.formats.base import Candidate, Description, matrix, need, options
+from sae_runtime.formats.base import Candidate, Description, matrix, need, options, whole
 from sae_runtime.sae import SaeInfo, SaeWeights
 from sae_runtime.sites import Site
 from sae_runtime.tree import Tree, folder, read_json, stem
@@ -53,7 +53,7 @@ def describe(tree: Tree, candidate: Candidate) -> Description:
         )
     match = _FILE.search(candidate.files[0])
     assert match is not None
-    site, k = Site(int(match[1]), "resid_post"), int(need(config, "k", place))
+    site, k = Site(int(match[1]), "resid_post"), whole(config, "k", place)
     return Description(
         architecture="topk",
         d_in=d_in,

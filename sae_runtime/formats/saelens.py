@@ -21,14 +21,26 @@ Source: SAELens 6.54.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from sae_runtime import weights
 from sae_runtime.errors import InputError
-from sae_runtime.formats.base import JUMPRELU, RELU, TOPK, Candidate, Description, matrix, need, options
+from sae_runtime.formats.base import (
+    JUMPRELU,
+    RELU,
+    TOPK,
+    Candidate,
+    Description,
+    boolean,
+    matrix,
+    need,
+    options,
+    whole,
+)
 from sae_runtime.formats.hub_names import hub_id
 from sae_runtime.sae import Input, Norm, Rule, SaeInfo, SaeWeights
 from sae_runtime.sites import KINDS, Site, from_hugging_face, from_transformer_lens
@@ -83,7 +95,7 @@ class _Release:
 
     center: bool = False
     normalize: str | None = None
-    factors: tuple[float, ...] = ()  # by layer, for expected_average_only_in
+    factors: Mapping[int, float] = field(default_factory=dict)  # of layers, for expected_average_only_in
 
 
 _REGISTRY = {
@@ -91,12 +103,13 @@ _REGISTRY = {
     "GPT2-Small-Feature-Splitting-Experiment-Layer-8": _Release(center=True),
     "gpt2-small-mlp-out-saes": _Release(
         center=True,
-        factors=(
-            1.049317316132615, 2.3693984005104283, 1.6411934982190302, 1.8958522157897557,
-            1.81673478700627, 1.550234472245924, 1.3237742807210804, 1.1042905114723296,
-            0.9123762783479742, 0.6955335635232373, 0.3619728926727644, 0.2851548652550073,
-        ),
+        factors={
+            0: 1.049317316132615, 1: 2.3693984005104283, 2: 1.6411934982190302, 3: 1.8958522157897557,
+            4: 1.81673478700627, 5: 1.550234472245924, 6: 1.3237742807210804, 7: 1.1042905114723296,
+            8: 0.9123762783479742, 9: 0.6955335635232373, 10: 0.3619728926727644, 11: 0.2851548652550073,
+        },
     ),
+    "Gemma-2b-Residual-Stream-SAEs": _Release(factors={12: 0.21381938399317255}),
     "Mistral-7B-Residual-Stream-SAEs": _Release(normalize="constant_norm_rescale"),
 }  # fmt: skip
 
@@ -124,7 +137,7 @@ def candidates(tree: Tree) -> list[Candidate]:
 def describe(tree: Tree, candidate: Candidate) -> Description:
     """From cfg.json and the header. Raises InputError for what SAELens cannot say or this cannot encode."""
     file, config = (tree.path(part) for part in candidate.files)
-    cfg, release = _config(config), _REGISTRY.get(tree.name, _Release())
+    cfg, release = _config(config), _release(tree)
     architecture = cfg.encoding.get("architecture") or "standard"
     if architecture in _REFUSED:
         raise cfg.refuse(f"architecture {architecture}: {_REFUSED[architecture]}")
@@ -133,8 +146,12 @@ def describe(tree: Tree, candidate: Candidate) -> Description:
     _check(cfg, architecture)
     d_in, width = _sizes(cfg, file)
     rule, transcoder = _RULES[architecture], architecture.endswith("transcoder")
-    subtract = not transcoder and cfg.encoding.get("apply_b_dec_to_input") is not False
-    rescale = rule in ("topk", "abstopk") and bool(cfg.encoding.get("rescale_acts_by_decoder_norm"))
+    subtract = not transcoder and cfg.encoding.get("apply_b_dec_to_input", True)
+    # Left in the configs of batch top-k SAEs that were saved as jumprelu, whose weights have it already.
+    rescale = rule in ("topk", "abstopk") and boolean(
+        cfg.encoding, "rescale_acts_by_decoder_norm", config, False
+    )
+    _check_tensors(cfg, architecture, file)
     k = _k(cfg) if rule in ("topk", "abstopk") else None
     site = _site(cfg)
     if site is None and transcoder:
@@ -159,7 +176,7 @@ def describe(tree: Tree, candidate: Candidate) -> Description:
             "subtract": subtract,
             "rescale": rescale,
             "k": k,
-            "finetuned": bool(cfg.encoding.get("finetuning_scaling_factor")),
+            "finetuned": boolean(cfg.encoding, "finetuning_scaling_factor", config, False),
         },
     )
 
@@ -197,6 +214,21 @@ def load(info: SaeInfo) -> SaeWeights:
     return sae
 
 
+def _check_tensors(cfg: _Config, architecture: str, file: str) -> None:
+    """Refuse tensors that the architecture does not have: they, or the architecture, would be wrong."""
+    known = {"W_enc", "W_dec", "b_dec", "scaling_factor", "finetuning_scaling_factor"}
+    known |= {"b_mag", "b_gate", "r_mag"} if architecture == "gated" else {"b_enc"}
+    known |= {"threshold", "log_threshold"} if _RULES[architecture] == "jumprelu" else set()
+    known |= {"W_skip"} if "skip" in architecture else set()
+    more = sorted(weights.headers(file).keys() - known)
+    if architecture == "gated" and "b_enc" in more:  # there in some files, and zero
+        more.remove("b_enc")
+        if weights.read(file, ["b_enc"])["b_enc"].any():
+            raise cfg.refuse(f"b_enc in {file} is not zero, and a gated SAE has none")
+    if more:
+        raise cfg.refuse(f"architecture {architecture!r} has no {', '.join(more)}, which {file} has")
+
+
 def _finetuned(W_dec: torch.Tensor, found: dict[str, torch.Tensor], wanted: bool, file: str) -> torch.Tensor:
     """W_dec with a fine-tuning scale, which SAELens before 6 put between activations and decoder."""
     for key in ("scaling_factor", "finetuning_scaling_factor"):
@@ -208,8 +240,16 @@ def _finetuned(W_dec: torch.Tensor, found: dict[str, torch.Tensor], wanted: bool
                 f"saes: {key} in {file} is not all ones, and its cfg.json does not set "
                 "finetuning_scaling_factor, so that what it scales is not known"
             )
+        if tuple(scale.shape) != (len(W_dec),):
+            raise InputError(f"saes: {key} in {file} is {tuple(scale.shape)}, not {(len(W_dec),)}")
         W_dec = W_dec * scale[:, None]
     return W_dec
+
+
+def _release(tree: Tree) -> _Release:
+    """By the suite's name; or, where the suite is a folder of one or named otherwise, by its URI."""
+    places = [tree.name, *(part.partition("@")[0] for part in tree.uri.split("/"))]
+    return next((_REGISTRY[place] for place in places if place in _REGISTRY), _Release())
 
 
 def _config(file: str) -> _Config:
@@ -245,6 +285,9 @@ def _config(file: str) -> _Config:
 
 def _check(cfg: _Config, architecture: str) -> None:
     """Refuse keys that change the encoding in ways that are not known."""
+    apply = cfg.encoding.get("apply_b_dec_to_input", True)
+    if not isinstance(apply, bool):  # null and 0 are false to SAELens, and missing is true
+        raise cfg.refuse(f"apply_b_dec_to_input is {apply!r}; write true or false")
     if architecture.endswith("transcoder") and cfg.encoding.get("apply_b_dec_to_input"):
         raise cfg.refuse(
             "apply_b_dec_to_input in a transcoder: its b_dec belongs to the output, not the input"
@@ -290,7 +333,7 @@ def _site(cfg: _Config, end: str = "") -> Site | None:
         return site
     if site is None or site.kind != "attn_z":
         raise cfg.refuse(f"hook_head_index {head} at {name!r}: only attn.hook_z is read by head")
-    return replace(site, head=int(head))
+    return replace(site, head=whole({"hook_head_index": head}, "hook_head_index", cfg.file))
 
 
 def _input(cfg: _Config, release: _Release, site: Site | None, architecture: str) -> Input:
@@ -300,7 +343,7 @@ def _input(cfg: _Config, release: _Release, site: Site | None, architecture: str
     for key, kind in _PROCESSING.items():
         if kwargs.get(key) and site is not None and site.kind == kind:
             raise cfg.refuse(f"model_from_pretrained_kwargs.{key} changes what {kind} holds; not supported")
-    center = release.center or bool(kwargs.get("center_writing_weights"))
+    center = release.center or boolean(kwargs, "center_writing_weights", cfg.file, False)
     if center and site is None:
         raise cfg.refuse(
             "center_writing_weights without a hook_name: whether the site is centred is not known"
@@ -310,7 +353,7 @@ def _input(cfg: _Config, release: _Release, site: Site | None, architecture: str
     if how == "none":
         return Input(plain)
     if how == "expected_average_only_in":
-        if site is None or site.layer >= len(release.factors):
+        if site is None or site.layer not in release.factors:
             raise cfg.refuse(
                 "normalize_activations expected_average_only_in, but its scalar (norm_scaling_factor) is not "
                 "in the files; fold it into the weights (SAELens' fold_activation_norm_scaling_factor)"

@@ -19,12 +19,15 @@ from typing import Any
 
 from sae_runtime import weights
 from sae_runtime.errors import InputError
-from sae_runtime.formats.base import TOPK, Candidate, Description, matrix, need, options, whole
+from sae_runtime.formats.base import TOPK, Candidate, Description, boolean, matrix, need, options, whole
 from sae_runtime.sae import Rule, SaeInfo, SaeWeights
 from sae_runtime.sites import Site, from_hugging_face
 from sae_runtime.tree import Tree, folder, read_json
+from sae_runtime.weights import Header
 
 _EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
+_SEED = re.compile(r"seed_?\d+")
+_TENSORS = {"encoder.weight", "encoder.bias", "W_dec", "decoder.weight", "b_dec", "W_skip"}
 _SIGNED = "published encoder output: pre at the k highest |pre| of a token, signed"
 _GROUPMAX = "published encoder output: relu(pre) at the highest pre of each of k groups of features"
 _CONVENTIONS: dict[Rule, str] = {"topk": TOPK, "abstopk": _SIGNED, "groupmax": _GROUPMAX}
@@ -51,7 +54,8 @@ def describe(tree: Tree, candidate: Candidate) -> Description:
     k, rule = whole(cfg, "k", config), _rule(cfg, config)
     if rule == "groupmax" and (k < 1 or width % k):
         raise InputError(f"saes: k {k} in {config} does not divide the {width} features into groups")
-    transcoder = _is_transcoder(tree, candidate, cfg, run)
+    _check_tensors(cfg, found, file, config)
+    transcoder = _is_transcoder(tree, candidate, cfg, run, config)
     site, out = _sites(f"{tree.uri}/{candidate.path}", transcoder)
     return Description(
         rule + (("_skip" if "W_skip" in found else "") + "_transcoder" if transcoder else ""),
@@ -65,7 +69,7 @@ def describe(tree: Tree, candidate: Candidate) -> Description:
         options={
             "k": k,
             "rule": rule,
-            "subtract": not cfg.get("transcode", False),
+            "subtract": not boolean(cfg, "transcode", config, False),
             "decoder": "W_dec" if "W_dec" in found else "decoder.weight",
         },
     )
@@ -92,28 +96,45 @@ def load(info: SaeInfo) -> SaeWeights:
 
 
 def _rule(cfg: dict[str, Any], config: str) -> Rule:
-    activation = cfg.get("activation", "topk")
+    activation, signed = cfg.get("activation", "topk"), boolean(cfg, "signed", config, False)
     if activation == "topk":
-        return "abstopk" if cfg.get("signed") else "topk"
-    if activation == "groupmax" and not cfg.get("signed"):
+        return "abstopk" if signed else "topk"
+    if activation == "groupmax" and not signed:
         return "groupmax"
     raise InputError(
-        f"saes: activation {activation!r}{' with signed' if cfg.get('signed') else ''} in {config} "
+        f"saes: activation {activation!r}{' with signed' if signed else ''} in {config} "
         "is unknown; known are topk, signed topk and groupmax"
     )
 
 
-def _is_transcoder(tree: Tree, candidate: Candidate, cfg: dict[str, Any], run: dict[str, Any]) -> bool:
-    if "transcode" in cfg:
-        return bool(cfg["transcode"])
-    repository = tree.uri if tree.uri.startswith("hf://") else tree.uri.rsplit("/", 1)[-1]
+def _check_tensors(cfg: dict[str, Any], found: dict[str, Header], file: str, config: str) -> None:
+    """Refuse tensors that are not of this format, which may change the encoding, and a skip without one."""
+    more = sorted(found.keys() - _TENSORS)
+    if more:
+        raise InputError(
+            f"saes: {', '.join(more)} in {file}: what it does is not known, so it is not encoded"
+        )
+    if boolean(cfg, "skip_connection", config, False) and "W_skip" not in found:
+        raise InputError(f"saes: skip_connection in {config}, but no W_skip in {file}")
+
+
+def _is_transcoder(
+    tree: Tree, candidate: Candidate, cfg: dict[str, Any], run: dict[str, Any], config: str
+) -> bool:
+    if cfg.get("transcode") is not None:
+        return boolean(cfg, "transcode", config, False)
+    repository = tree.uri
+    if not repository.startswith("hf://"):  # here the folder's own name, or of a hookpoint the one above
+        parts = [part for part in repository.split("/") if not _SEED.fullmatch(part)]
+        own = not re.sub(r"(?:^|/)seed_?\d+$", "", candidate.path)
+        repository = "/".join(parts[-2:] if own else parts[-1:])
     named = "transcoder" in f"{repository} {tree.name} {candidate.path}".lower()
-    return bool(cfg.get("skip_connection")) or bool(run.get("transcode")) or named
+    return boolean(cfg, "skip_connection", config, False) or bool(run.get("transcode")) or named
 
 
 def _sites(path: str, transcoder: bool) -> tuple[Site | None, Site | None]:
     """What is read and what is given, from the last part of a path that is no seed: the hookpoint."""
-    parts = [part for part in path.split("/") if part and not re.fullmatch(r"seed_?\d+", part)]
+    parts = [part for part in path.split("/") if part and not _SEED.fullmatch(part)]
     hookpoint = parts[-1]
     if hookpoint.rsplit(".", 1)[-1] in _EMBEDDINGS and not transcoder:
         return Site(0, "embed"), Site(0, "embed")

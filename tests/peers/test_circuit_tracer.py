@@ -43,12 +43,10 @@ def test_one_threshold_for_all(tmp_path: Path, circuit_tracer: ModuleType, sizes
     same(sae.encode(), load(circuit_tracer, sae).encode(sae.x), sae.path)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="`activation: relu` outranks a threshold in the file for us; circuit-tracer takes the threshold",
-)
 @sizes
-def test_relu_forced_by_config(tmp_path: Path, circuit_tracer: ModuleType, sizes: str) -> None:
+def test_a_threshold_outranks_the_configs_relu(
+    tmp_path: Path, circuit_tracer: ModuleType, sizes: str
+) -> None:
     sae = next(sae for sae in fixture(tmp_path, "circuit_tracer", sizes) if sae.path.startswith("forced/"))
     same(sae.encode(), load(circuit_tracer, sae).encode(sae.x), sae.path)
 

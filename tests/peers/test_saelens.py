@@ -179,14 +179,7 @@ def test_native(tmp_path: Path, sae_lens: SaeLens, name: str, sizes: str) -> Non
     ("name", "count"),
     [
         ("gpt2-small-mlp-tm", 12),
-        pytest.param(
-            "gemma-2b-res-jb",
-            1,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="layer 12 has a factor in SAELens's list; ours does not know it and refuses",
-            ),
-        ),
+        ("gemma-2b-res-jb", 1),
     ],
 )
 def test_native_normalisation_factors(tmp_path: Path, sae_lens: SaeLens, name: str, count: int) -> None:

@@ -85,8 +85,8 @@ def write(folder: Path, rng: np.random.Generator, d: int, m: int, n: int, layer:
         ("skip", "skip_transcoder", {"model_name": "llama-3.2-1b", **middle}, {"skip": True},
          {"kind": "resid_mid", **llama}),
         ("jump_skip", "jumprelu_skip_transcoder", {"model_name": None}, {"skip": True, "jump": True}, {}),
-        # `activation: relu` has the last word over a threshold in the file.
-        ("forced", "transcoder", {"model_name": "unheard-of", "activation": "relu"}, {"jump": True},
+        # A threshold in the file has the last word over `activation: relu`.
+        ("forced", "jumprelu_transcoder", {"model_name": "unheard-of", "activation": "relu"}, {"jump": True},
          {"trained_on": "unheard-of"}),
         ("topk", "topk_transcoder", {"activation": "topk", "k": 5}, {}, {"k": 5}),
         ("template", "transcoder", template, {}, {"kind": "resid_pre"}),
