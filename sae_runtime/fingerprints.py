@@ -18,7 +18,7 @@ from sae_runtime import remote, suites
 from sae_runtime.cache import cache_dir
 from sae_runtime.sae import SaeInfo
 
-_VERSION = 1  # to be raised whenever a loader or `SaeWeights.fingerprint` gives something else
+_VERSION = 2  # to be raised whenever a loader or `SaeWeights.fingerprint` gives something else
 
 
 @dataclass(frozen=True)
