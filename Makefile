@@ -1,13 +1,15 @@
 # make demo   a scan of the Python manual and standard library by SmolLM2, then what fired
 # make test   lint, types and the default tests
 # Both build .venv first; a second call re-uses it.
+# make bench  our scan against its floor, a careful script and delphi; tables and plots in out/bench
 # make peers  compares our readers with the publishers' own libraries, in .venv-peers
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv-peers/.ready
+BENCH := out/bench/peers/.ready
 
-.PHONY: env demo test lint format gpu peers clean
+.PHONY: env demo test lint format gpu bench peers clean
 
 env: $(READY)
 
@@ -38,6 +40,18 @@ format: $(READY)
 
 gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
+
+# delphi goes into a folder that its arm alone sees, without its dependencies: its cache needs these few,
+# the rest of it vLLM.
+$(BENCH): constraints-peers.txt $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
+	$(BIN)/python -m pip install --quiet -c constraints-peers.txt --no-deps --target $(@D) \
+		eai-delphi==0.1.3 jaxtyping wadler-lindig simple-parsing docstring-parser
+	touch $(BENCH)
+
+bench: $(BENCH)
+	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 # An environment of its own: the peers' dependencies are none of ours.
 $(PEERS): constraints-peers.txt pyproject.toml

@@ -30,8 +30,9 @@ DEFAULT_L0 = 100.0  # where a suite does not say
 BYTES = {  # per row, zstd 3, measured (docs/LOG.md, 2026-11-22)
     "contexts": 1.5,  # per token
     "activations": 2.0,
-    "document_features": 6.0,
-    "summaries": 28.0,  # per row of top_contexts and sampled_contexts
+    "document_features": 4.5,
+    "summaries": 6.0,  # per row of top_contexts and sampled_contexts
+    "windows": 10.0,  # more per such row, where `keep` leaves token rows out
 }
 _SAMPLE_TEXTS = 200
 _SAMPLE_BYTES = 1 << 20
@@ -51,6 +52,7 @@ class Estimate:
     worker_memory: int
     forward_flops: float  # per token
     encode_flops: float  # per token
+    spared: int  # bytes of windows that need not be written because token rows are
 
     @property
     def index_bytes(self) -> int:
@@ -66,6 +68,9 @@ def estimate(prepared: Prepared, planned: Planned, groups: Sequence[Sequence[str
     documents = round(sum(u.documents * share for u, share in zip(planned.units, shares, strict=True)))
     rows = {sae.id: (sae.nominal_l0 or DEFAULT_L0) * tokens for sae in prepared.saes}
     average = max(1.0, tokens / max(1, documents))
+    summaries = {s.id: _summary_rows(s, prepared, planned, documents, tokens) for s in prepared.saes}
+    spared = int(sum(summaries[s.id] for s in prepared.saes if s.keep == "tokens") * BYTES["windows"])
+    windows = int(sum(summaries.values()) * BYTES["windows"]) - spared
     tables = {
         "contexts": int(tokens * BYTES["contexts"]),
         "activations": int(sum(rows[s.id] * _token_share(s) for s in prepared.saes) * BYTES["activations"]),
@@ -73,7 +78,7 @@ def estimate(prepared: Prepared, planned: Planned, groups: Sequence[Sequence[str
             sum(_document_rows(s, average) * documents for s in prepared.saes if s.keep != "none")
             * BYTES["document_features"]
         ),
-        "summaries": int(_summary_rows(prepared, planned, documents, tokens) * BYTES["summaries"]),
+        "summaries": int(sum(summaries.values()) * BYTES["summaries"]) + windows,
     }
     _, used = model_size(prepared.source, [sae.site for sae in prepared.saes])
     return Estimate(
@@ -85,6 +90,7 @@ def estimate(prepared: Prepared, planned: Planned, groups: Sequence[Sequence[str
         worker_memory(prepared, groups),
         2.0 * used,  # two operations per weight
         sum(2.0 * s.d_in * s.width for s in prepared.saes),
+        spared,
     )
 
 
@@ -155,8 +161,10 @@ def _document_rows(sae: SaeInfo, tokens: float) -> float:
     return min(sae.width, (sae.nominal_l0 or DEFAULT_L0) * tokens**0.6)
 
 
-def _summary_rows(prepared: Prepared, planned: Planned, documents: int, tokens: int) -> float:
-    """Rows of partial summaries: each unit keeps its own until compaction merges them.
+def _summary_rows(
+    sae: SaeInfo, prepared: Prepared, planned: Planned, documents: int, tokens: int
+) -> float:
+    """Rows of an SAE's partial summaries: each unit keeps its own until compaction merges them.
 
     A fit to the demo's index: nearly all features fill their top slots (one a document), and their
     contexts fill some three and a half strata.
@@ -164,15 +172,12 @@ def _summary_rows(prepared: Prepared, planned: Planned, documents: int, tokens: 
     spec, units = prepared.spec, max(1, len(planned.units))
     contexts = max(documents, tokens / prepared.rule.length) / units
     slots = 0.9 * min(spec.top_k, documents / units) + 3.5 * min(spec.sample_k, contexts)
-    return sum(
-        units * min(sae.width * slots, (sae.nominal_l0 or DEFAULT_L0) * tokens / units)
-        for sae in prepared.saes
-    )
+    return units * min(sae.width * slots, (sae.nominal_l0 or DEFAULT_L0) * tokens / units)
 
 
 def _cheaper(found: Estimate) -> str:
     tables = found.tables
-    documents = found.index_bytes - tables["activations"]
+    documents = found.index_bytes - tables["activations"] + found.spared
     none = documents - tables["document_features"]
     return (
         f"`keep: documents` makes it {human(documents)}, `keep: none` {human(none)}, "

@@ -1,6 +1,8 @@
 """What a unit writes of each SAE at its end: partial summaries, moments of the sampled activations.
 
 Invariant: a partial holds active features only and merges with those of other units (views.sql).
+Windows are written only where `keep` leaves token rows out: elsewhere the views take them from
+`activations`, which halves what top and sampled contexts take of the index.
 """
 
 from __future__ import annotations
@@ -14,12 +16,17 @@ import pyarrow as pa
 import torch
 
 from pipelines.ledger import Unit
-from pipelines.schema import key
-from pipelines.writer import UnitWriter, sae_column, windows_column
+from pipelines.schema import LOCAL_BITS, SCHEMAS, key
+from pipelines.writer import UnitWriter, sae_column, windows_column, windows_index
 from sae_runtime.bfloat import to_float
 from sae_runtime.encode import Sparse
 from sae_runtime.sae import SaeInfo
-from sae_runtime.summaries import Chunk, Summary
+from sae_runtime.summaries import Arena, Chunk, Summary
+
+_ENDING = np.uint64((1 << 48) - 1)  # bits of an ending's hash that are kept
+_STRATA = 1 << 9  # more than there are, so that feature * _STRATA + stratum orders by both
+_OFFSETS = SCHEMAS["top_contexts"].field("offsets").type
+_VALUES = SCHEMAS["top_contexts"].field("values").type
 
 
 def write_summary(writer: UnitWriter, info: SaeInfo, summary: Summary, ordinal: int) -> None:
@@ -49,40 +56,60 @@ def write_summary(writer: UnitWriter, info: SaeInfo, summary: Summary, ordinal: 
         },
     )
     feature, slot = np.nonzero(np.arange(top.code.shape[1]) < top.n[:, None])
+    order = _by_context(feature, top.context[feature, slot])
+    feature, slot = feature[order], slot[order]
+    at = feature * top.code.shape[1] + slot
+    stored = info.keep != "tokens"
+    position = top.position.ravel()[at]
+    arena = summary.top_arena
     writer.write(
         "top_contexts",
         {
-            "sae": sae_column(info.id, len(feature)),
+            "sae": sae_column(info.id, len(at)),
             "feature": feature.astype(np.int32),
-            "context": top.context[feature, slot].astype(np.int64) + key(ordinal),
-            "position": top.position[feature, slot],
-            "activation": to_float(top.code[feature, slot]),
-            **_window_columns(summary.top_arena, top.start[feature, slot], top.length[feature, slot]),
-            "ending_a": top.key[feature, slot, 0],
-            "ending_b": top.key[feature, slot, 1],
+            "context": top.context.ravel()[at].astype(np.int64) + key(ordinal),
+            "position": position,
+            "activation": to_float(top.code.ravel()[at]),
+            **_window(arena, position, top.start.ravel()[at], top.length.ravel()[at], stored),
+            "ending": (top.key[..., 0].ravel()[at] & _ENDING).astype(np.int64),
         },
     )
-    rows = np.diff(samples.indptr)
+    feature = np.repeat(np.arange(info.width), np.diff(samples.indptr))
+    order = _by_context(feature * _STRATA + samples.stratum, samples.context)
+    position = samples.position[order]
+    arena = summary.sample_arena
     writer.write(
         "sampled_contexts",
         {
-            "sae": sae_column(info.id, len(samples.stratum)),
-            "feature": np.repeat(np.arange(info.width, dtype=np.int32), rows),
+            "sae": sae_column(info.id, len(order)),
+            "feature": feature.astype(np.int32),
             "stratum": samples.stratum.astype(np.int32),
-            "hash": samples.hash,
             "population": samples.population,
-            "context": samples.context.astype(np.int64) + key(ordinal),
-            "position": samples.position,
-            "activation": to_float(samples.code),
-            **_window_columns(summary.sample_arena, samples.start, samples.length),
+            "context": samples.context[order].astype(np.int64) + key(ordinal),
+            "position": position,
+            "activation": to_float(samples.code[order]),
+            **_window(arena, position, samples.start[order], samples.length[order], stored),
         },
     )
 
 
-def _window_columns(arena: Any, start: np.ndarray, length: np.ndarray) -> dict[str, pa.Array]:
+def _by_context(run: np.ndarray, context: np.ndarray) -> np.ndarray:
+    """The order by context inside runs; `run` (int64) is ascending, contexts are below 2^LOCAL_BITS."""
+    return np.argsort((run << LOCAL_BITS) + context, kind="stable")
+
+
+def _window(
+    arena: Arena, position: np.ndarray, start: np.ndarray, length: np.ndarray, stored: bool
+) -> dict[str, Any]:
+    """The windows of rows, or NULLs where `activations` has all of an SAE's rows."""
+    if not stored:
+        return {"offsets": pa.nulls(len(start), _OFFSETS), "values": pa.nulls(len(start), _VALUES)}
+    index, bounds = windows_index(start, length)
+    offsets = (arena.position[index] - np.repeat(position, length)).astype(np.int8)
+    values = to_float(arena.code[index])
     return {
-        "positions": windows_column(arena.position, start, length, pa.int32()),
-        "values": windows_column(to_float(arena.code), start, length, pa.float32()),
+        "offsets": pa.ListArray.from_arrays(bounds, pa.array(offsets), type=_OFFSETS),
+        "values": pa.ListArray.from_arrays(bounds, pa.array(values), type=_VALUES),
     }
 
 

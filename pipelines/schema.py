@@ -15,6 +15,7 @@ Every data file is sorted by (sae, feature, ...) within runs of row groups; no r
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ import pyarrow as pa
 FORMAT = 1
 LOCAL_BITS = 20
 LOCAL_MAX = 1 << LOCAL_BITS
+WINDOW = 64  # positions on either side of a maximum; sae_runtime/summaries.py gathers as many
 
 INDEX = "index.json"
 VOCABULARY = "vocabulary.parquet"
@@ -29,12 +31,13 @@ PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))
 _FEATURE = pa.field("feature", pa.int32())
+# A context with the window around its maximum: NULL where `keep: tokens` has the rows in activations.
 _WINDOW = [
     pa.field("context", pa.int64()),
     pa.field("position", pa.int32()),
     pa.field("activation", pa.float32()),
-    pa.field("positions", pa.list_(pa.int32())),
-    pa.field("values", pa.list_(pa.float32())),
+    pa.field("offsets", pa.list_(pa.field("element", pa.int8(), nullable=False))),  # from `position`
+    pa.field("values", pa.list_(pa.field("element", pa.float32(), nullable=False))),
 ]
 
 VOCABULARY_SCHEMA = pa.schema([("token", pa.int32()), ("text", pa.string()), ("bytes", pa.binary())])
@@ -59,6 +62,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("first", pa.int32()),  # index of that token in `tokens`
             ("tokens", pa.list_(pa.int32())),
             ("counted", pa.list_(pa.bool_())),
+            ("place_hash", pa.uint64()),  # of its place in the corpus; samples are drawn by it
         ]
     ),
     "activations": pa.schema([_SAE, _FEATURE, ("token", pa.int64()), ("activation", pa.float32())]),
@@ -89,13 +93,14 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("bin_tokens", pa.list_(pa.int64())),  # ... and their counts
         ]
     ),
-    # The unit's best: at most top_k a feature, one a document, endings distinct (128-bit hash).
-    "top_contexts": pa.schema(
-        [_SAE, _FEATURE, *_WINDOW, ("ending_a", pa.uint64()), ("ending_b", pa.uint64())]
-    ),
-    # At most sample_k a feature and stratum; `population` is on a stratum's first row, 0 on the others.
+    # The unit's best, by feature and context: at most top_k a feature, one a document, endings distinct.
+    # `ending` is the lower 48 bits of their hash: two different endings among the 20 highest of any of
+    # 10^6 features are taken for one with probability 10^6 * 20^2 / 2^49 = 7e-7.
+    "top_contexts": pa.schema([_SAE, _FEATURE, *_WINDOW, ("ending", pa.int64())]),
+    # At most sample_k a feature and stratum, by feature, stratum and context; their hashes follow from
+    # `place_hash`. `population` is on a stratum's first row, 0 on the others.
     "sampled_contexts": pa.schema(
-        [_SAE, _FEATURE, ("stratum", pa.int32()), ("hash", pa.uint64()), ("population", pa.int64()), *_WINDOW]
+        [_SAE, _FEATURE, ("stratum", pa.int32()), ("population", pa.int64()), *_WINDOW]
     ),
     # One row an SAE. The sample is every 64th counted token of the unit.
     "saes": pa.schema(
@@ -168,3 +173,8 @@ def metadata_columns(names: Iterable[str]) -> dict[str, str]:
 def key(ordinal: int, local: int = 0) -> int:
     """A document's or context's key from its unit's ordinal and its number inside the unit."""
     return (ordinal << LOCAL_BITS) | local
+
+
+def sample_seed(sae: str) -> int:
+    """What the hashes of an SAE's samples begin with; sae_runtime/summaries.py has the same."""
+    return int.from_bytes(hashlib.blake2b(sae.encode(), digest_size=8).digest(), "little")

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipelines.background import BackgroundWriter
 from pipelines.chunks import Captured, Placed, PlacedDocument, capture, chunk_tables
 from pipelines.contexts import (
     Context,
@@ -36,19 +38,20 @@ from pipelines.corpus import Document, read_documents
 from pipelines.files import SourceFile, check_unchanged
 from pipelines.ledger import Commit, Ledger, Unit
 from pipelines.partials import Moments, SampledDocuments, write_summary
+from pipelines.sae_unit import SaeUnit
 from pipelines.schema import LOCAL_MAX, key
 from pipelines.selfcheck import Measured
 from pipelines.spec import ScanSpec
 from pipelines.storage import Store
-from pipelines.writer import UnitWriter, sae_column, windows_column
+from pipelines.writer import UnitWriter, windows_column
 from sae_runtime import suites
-from sae_runtime.bfloat import SUM_BITS, fixed_to_float, to_float
-from sae_runtime.encode import Encoder, Sparse, merge
+from sae_runtime.encode import Encoder
 from sae_runtime.errors import DataError
 from sae_runtime.model import LanguageModel, ModelSource, load_tokenizer, on_this_machine
 from sae_runtime.sae import SaeInfo
 from sae_runtime.sites import Site
-from sae_runtime.summaries import Chunk, DocumentRows, Summary
+from sae_runtime.summaries import Chunk
+from sae_runtime.threads import Threads, keep_freed_memory
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 CHUNK_TOKENS = {"cpu": 16384, "cuda": 131072}
@@ -96,7 +99,9 @@ class Scanner:
     """
 
     def __init__(self, setup: Setup, progress: Callable[[int, int], None] = lambda d, t: None) -> None:
+        keep_freed_memory()
         torch.set_num_threads(setup.spec.model.threads)
+        self.threads = Threads(setup.spec.model.threads if torch.device(setup.device).type == "cpu" else 1)
         self.setup = setup
         self.progress = progress
         self.store = Store(setup.index)
@@ -117,7 +122,8 @@ class Scanner:
         self.load(work.group)
         started = time.time()
         attempt = uuid.uuid4().hex[:8]
-        writer = UnitWriter(self.store, work.unit.unit, work.group, attempt, self.setup.metadata)
+        files = UnitWriter(self.store, work.unit.unit, work.group, attempt, self.setup.metadata)
+        writer = BackgroundWriter(files)
         scan = _UnitScan(self, work, writer)
         try:
             scan.run()
@@ -163,23 +169,22 @@ class Scanner:
 class _UnitScan:
     """State of one unit's scan."""
 
-    def __init__(self, scanner: Scanner, work: Work, writer: UnitWriter) -> None:
+    def __init__(self, scanner: Scanner, work: Work, writer: BackgroundWriter) -> None:
         spec = scanner.setup.spec
         self.s, self.work, self.writer = scanner, work, writer
         self.source = spec.corpus[work.file.source]
         self.documents = self.contexts = self.counted = self.tokens = 0
         self.encoded = 0  # counted tokens of the chunks done so far
         infos = scanner.infos
-        self.summaries = [Summary.empty(i.id, i.width, spec.top_k, spec.sample_k) for i in infos]
-        self.errors = [0.0] * len(infos)
+        self.saes = [
+            SaeUnit(i, info, encoder, spec.top_k, spec.sample_k)
+            for i, (info, encoder) in enumerate(zip(infos, scanner.encoders, strict=True))
+        ]
         taps = scanner.model.taps
         self.moments = {
             (info.site, info.out): Moments(taps[info.out].width if info.out is not None else 0)
             for info in infos
         }
-        self.segment: list[list[Sparse]] = [[] for _ in infos]
-        self.segment_rows = 0
-        self.document_rows: list[list[DocumentRows]] = [[] for _ in infos]
         self.sampled = SampledDocuments(infos, work.unit)
         self.document_columns: list[tuple[Any, ...]] = []
         self.segment_columns: list[tuple[int, int, str, int, int]] = []  # of conversations
@@ -270,25 +275,18 @@ class _UnitScan:
         chunk = chunk_tables(part, before, after, self.work.unit)
         x, samples = self._capture(part, chunk, batch_tokens)
         keys = chunk.context.astype(np.int64) * self.s.rule.length + chunk.position
-        for i, (info, encoder) in enumerate(zip(self.s.infos, self.s.encoders, strict=True)):
-            sparse = x[info.site].in_chunk(encoder.encode(x[info.site].x))
-            if info.out is not None:
-                sample, target = samples[info.site, info.out]
-                self.errors[i] += encoder.squared_error(sample, target)
-            ended = self.summaries[i].update(sparse, chunk)
-            if info.keep != "none":
-                self.document_rows[i].append(ended)
-                self.segment_rows += len(ended.feature)
-            kept = self.sampled.keep(i, sparse, chunk)
-            if kept is not None:
-                self.segment[i].append(Sparse(kept.indptr, keys[kept.token], kept.code))
-                self.segment_rows += kept.rows
+
+        def take(sae: SaeUnit) -> None:
+            pair = samples.get((sae.info.site, sae.info.out))
+            sae.take(x[sae.info.site], chunk, keys, pair, self.sampled)
+
+        self.s.threads.map(take, self.saes)
         self.encoded += len(chunk.context)
-        self._write_contexts(part)
+        self._write_contexts(part, chunk)
         self.tokens += sum(len(p.context.tokens) for p in part)
         first = part[0].document.local + (part[0].document.local == before)
         self.s.progress(part[-1].document.local + 1 - first, len(chunk.context))
-        if self.segment_rows >= SEGMENT_ROWS:
+        if sum(sae.held for sae in self.saes) >= SEGMENT_ROWS:
             self._flush()
 
     def _capture(
@@ -316,15 +314,17 @@ class _UnitScan:
         """L0 and FVU of each SAE over the unit."""
         return tuple(
             Measured(
-                info.id,
-                self.moments[info.site, info.out].counted,
-                int(self.summaries[i].counts.tokens.sum()),
-                self.moments[info.site, info.out].fvu(self.errors[i]) if info.out is not None else None,
+                sae.info.id,
+                self.moments[sae.info.site, sae.info.out].counted,
+                int(sae.summary.counts.tokens.sum()),
+                self.moments[sae.info.site, sae.info.out].fvu(sae.error)
+                if sae.info.out is not None
+                else None,
             )
-            for i, info in enumerate(self.s.infos)
+            for sae in self.saes
         )
 
-    def _write_contexts(self, part: list[Placed]) -> None:
+    def _write_contexts(self, part: list[Placed], chunk: Chunk) -> None:
         if self.work.group:
             return
         ordinal = self.work.unit.ordinal
@@ -341,71 +341,42 @@ class _UnitScan:
                 "first": [p.context.first for p in part],
                 "tokens": windows_column(tokens, starts, lengths, pa.int32()),
                 "counted": windows_column(counted, starts, lengths, pa.bool_()),
+                "place_hash": chunk.place,
             },
         )
 
     def _flush(self) -> None:
-        """Write the rows held so far, sorted by feature within each SAE."""
-        ordinal = self.work.unit.ordinal
-        base = key(ordinal) * self.s.rule.length
-        for i, info in enumerate(self.s.infos):
-            if self.segment[i]:
-                block = merge(self.segment[i], info.width)
-                self.writer.write(
-                    "activations",
-                    {
-                        "sae": sae_column(info.id, block.rows),
-                        "feature": np.repeat(np.arange(info.width, dtype=np.int32), np.diff(block.indptr)),
-                        "token": block.token + base,
-                        "activation": to_float(block.code),
-                    },
-                )
-            self._flush_documents(i, info)
-            self.segment[i], self.document_rows[i] = [], []
-        self.segment_rows = 0
-
-    def _flush_documents(self, i: int, info: SaeInfo) -> None:
-        if not self.document_rows[i]:
-            return
-        columns = [np.concatenate(column) for column in zip(*self.document_rows[i], strict=True)]
-        order = np.argsort(columns[0], kind="stable")
-        rows = DocumentRows(*(column[order] for column in columns))
-        self.writer.write(
-            "document_features",
-            {
-                "sae": sae_column(info.id, len(order)),
-                "feature": rows.feature,
-                "document": rows.document.astype(np.int64) + key(self.work.unit.ordinal),
-                "n_tokens": rows.tokens,
-                "max": to_float(rows.max),
-                "sum": fixed_to_float(rows.high, rows.low, SUM_BITS),
-            },
-        )
+        """Have the rows held so far written, sorted by feature within each SAE."""
+        self.writer.flushed()
+        ordinal, length = self.work.unit.ordinal, self.s.rule.length
+        for rows in self.s.threads.map(SaeUnit.release, self.saes):
+            self.writer.submit(partial(rows.write, ordinal=ordinal, length=length))
 
     def _write_rows(self, kind: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        schema = self.writer.schema(kind)
+        schema = self.writer.writer.schema(kind)
         columns = list(zip(*rows, strict=True)) or [()] * len(schema)
         self.writer.write(kind, dict(zip(schema.names, columns, strict=True)))
 
     def _finish(self) -> None:
-        """Write what is known at the unit's end: documents, and the summaries of every SAE."""
+        """Have written what is known at the unit's end: documents, and the summaries of every SAE."""
+        ordinal = self.work.unit.ordinal
         if not self.work.group:
             self._write_rows("documents", self.document_columns)
             self._write_rows("segments", self.segment_columns)
-        for i, info in enumerate(self.s.infos):
-            write_summary(self.writer, info, self.summaries[i], self.work.unit.ordinal)
-            moments = self.moments[info.site, info.out]
+        for sae in self.saes:
+            self.writer.submit(partial(write_summary, info=sae.info, summary=sae.summary, ordinal=ordinal))
+            moments = self.moments[sae.info.site, sae.info.out]
             self.writer.write(
                 "saes",
                 {
-                    "sae": [info.id],
-                    "unit": [self.work.unit.ordinal],
+                    "sae": [sae.info.id],
+                    "unit": [ordinal],
                     "n_tokens": [moments.counted],
-                    "n_active": [int(self.summaries[i].counts.tokens.sum())],
+                    "n_active": [int(sae.summary.counts.tokens.sum())],
                     "sample_tokens": [moments.tokens],
                     "sample_sum": [moments.sum.tolist()],
                     "sample_squares": [moments.squares],
-                    "sample_error": [self.errors[i]],
+                    "sample_error": [sae.error],
                 },
             )
 

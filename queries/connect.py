@@ -24,9 +24,11 @@ from pipelines.schema import (
     SCHEMAS,
     VOCABULARY,
     VOCABULARY_SCHEMA,
+    WINDOW,
     documents_schema,
     metadata_columns,
     metadata_type,
+    sample_seed,
 )
 from pipelines.storage import Store
 from queries.relations import name, parquet, table, texts
@@ -51,6 +53,7 @@ _SAE_COLUMNS = {
     "fingerprint": "VARCHAR",
     "uri": "VARCHAR",
 }
+_SEED_COLUMNS = {"sae": "VARCHAR", "seed": "UHUGEINT"}
 _RUN_COLUMNS = {
     "run": "INTEGER",
     "spec": "VARCHAR",
@@ -162,6 +165,8 @@ def _values(store: Store, found: Snapshot) -> dict[str, str]:
         "vocabulary": parquet([store.url(VOCABULARY)] if found.plans else [], VOCABULARY_SCHEMA),
         "metadata": "".join(f", {name(column)}" for column in metadata_columns(metadata).values()),
         "length": str(fixed["context.length"]),
+        "window": str(WINDOW),
+        "seeds": table([(sae["id"], sample_seed(sae["id"])) for sae in saes], _SEED_COLUMNS),
         "local_max": str(LOCAL_MAX),
         "top_k": str(fixed["top_k"]),
         "sample_k": str(fixed["sample_k"]),

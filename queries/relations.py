@@ -9,6 +9,7 @@ import pyarrow as pa
 
 _SQL_TYPES = {
     "bool": "BOOLEAN",
+    "int8": "TINYINT",
     "int32": "INTEGER",
     "int64": "BIGINT",
     "uint8": "UTINYINT",

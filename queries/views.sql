@@ -158,31 +158,96 @@ LEFT JOIN counted AS c ON c.sae = m.sae
 LEFT JOIN histograms AS h ON h.sae = m.sae AND h.feature = m.feature;
 
 -- One candidate a document in the partials already; of equal endings the highest stays, then the k highest.
-CREATE VIEW top_contexts AS
+CREATE VIEW _top_contexts AS
 WITH offers AS (
     SELECT t.*, u.place * $local_max + t.context % $local_max AS place
     FROM $top_contexts AS t JOIN _units AS u ON u.ordinal = t.context // $local_max
 ), unlike AS (
     SELECT * FROM offers
-    QUALIFY row_number() OVER (
-        PARTITION BY sae, feature, ending_a, ending_b ORDER BY abs(activation) DESC, place
-    ) = 1
+    QUALIFY row_number() OVER (PARTITION BY sae, feature, ending ORDER BY abs(activation) DESC, place) = 1
 )
 SELECT
     sae, feature,
     (row_number() OVER (PARTITION BY sae, feature ORDER BY abs(activation) DESC, place))::INTEGER AS rank,
-    context, position, activation, positions, values
+    context, position, activation, offsets, values
 FROM unlike
 QUALIFY row_number() OVER (PARTITION BY sae, feature ORDER BY abs(activation) DESC, place) <= $top_k;
 
-CREATE VIEW sampled_contexts AS
-WITH drawn AS (
-    SELECT s.*, u.place * $local_max + s.context % $local_max AS place
-    FROM $sampled_contexts AS s JOIN _units AS u ON u.ordinal = s.context // $local_max
+-- A sample's hash is made of its context's place and its feature as sae_runtime/summaries.py does it, so that
+-- files need not hold it.
+CREATE VIEW _sampled_contexts AS
+WITH salted AS (
+    SELECT s.*, _wrapped(e.seed + _times(s.feature, 11400714819323198485)) AS h
+    FROM $sampled_contexts AS s JOIN $seeds AS e ON e.sae = s.sae
+), salts AS (
+    SELECT * REPLACE (xor(h, h >> 31) AS h)
+    FROM (SELECT * REPLACE (_mixed(h, 27, 10723151780598845931) AS h)
+    FROM (SELECT * REPLACE (_mixed(h, 30, 13787848793156543929) AS h) FROM salted))
+), placed AS (
+    SELECT s.* REPLACE (xor(s.h, c.place_hash) AS h), u.place * $local_max + s.context % $local_max AS place
+    FROM salts AS s
+    JOIN $contexts AS c ON c.context = s.context
+    JOIN _units AS u ON u.ordinal = s.context // $local_max
+), drawn AS (
+    SELECT * EXCLUDE (h), xor(h, h >> 31) AS hash
+    FROM (SELECT * REPLACE (_mixed(h, 27, 10723151780598845931) AS h)
+    FROM (SELECT * REPLACE (_mixed(h, 30, 13787848793156543929) AS h) FROM placed))
 )
 SELECT
     sae, feature, stratum,
     (sum(population) OVER (PARTITION BY sae, feature, stratum))::BIGINT AS stratum_contexts,
-    context, position, activation, positions, values
+    context, position, activation, offsets, values
 FROM drawn
 QUALIFY row_number() OVER (PARTITION BY sae, feature, stratum ORDER BY hash, place) <= $sample_k;
+
+-- Windows are in the partials, or in `activations` where `keep: tokens` has every row there.
+-- (Sorting lists of pairs takes two thirds of the time of two ordered aggregates.)
+CREATE VIEW top_contexts AS
+SELECT
+    sae, feature, rank, context, position, activation,
+    list_transform(offsets, lambda o: position + o) AS positions, values
+FROM _top_contexts
+WHERE list_contains($not_kept_tokens, sae)
+UNION ALL
+SELECT
+    sae, feature, rank, context, position, activation,
+    list_transform(near, lambda n: n.p), list_transform(near, lambda n: n.a)
+FROM (
+    SELECT * REPLACE (list_sort(near) AS near)
+    FROM (
+        SELECT
+            t.sae, t.feature, t.rank, t.context, t.position, t.activation,
+            list({p: (a.token % $length)::INTEGER, a: a.activation}) AS near
+        FROM _top_contexts AS t
+        JOIN $activations AS a
+            ON a.sae = t.sae AND a.feature = t.feature AND a.token // $length = t.context
+            AND abs(a.token % $length - t.position) <= $window
+        WHERE NOT list_contains($not_kept_tokens, t.sae)
+        GROUP BY ALL
+    )
+);
+
+CREATE VIEW sampled_contexts AS
+SELECT
+    sae, feature, stratum, stratum_contexts, context, position, activation,
+    list_transform(offsets, lambda o: position + o) AS positions, values
+FROM _sampled_contexts
+WHERE list_contains($not_kept_tokens, sae)
+UNION ALL
+SELECT
+    sae, feature, stratum, stratum_contexts, context, position, activation,
+    list_transform(near, lambda n: n.p), list_transform(near, lambda n: n.a)
+FROM (
+    SELECT * REPLACE (list_sort(near) AS near)
+    FROM (
+        SELECT
+            t.sae, t.feature, t.stratum, t.stratum_contexts, t.context, t.position, t.activation,
+            list({p: (a.token % $length)::INTEGER, a: a.activation}) AS near
+        FROM _sampled_contexts AS t
+        JOIN $activations AS a
+            ON a.sae = t.sae AND a.feature = t.feature AND a.token // $length = t.context
+            AND abs(a.token % $length - t.position) <= $window
+        WHERE NOT list_contains($not_kept_tokens, t.sae)
+        GROUP BY ALL
+    )
+);

@@ -11,7 +11,7 @@ the rules that rank     products [tokens, features], selected token by token (to
 Trade-off, measured (2 cores, 4,096 tokens x 4,096 features x d 576, 82 active per token): finding the
 survivors costs 12 to 13 ms with the loop below against 65 ms for torch compare + nonzero; the
 transposed product makes sorted output free. Same shape, k 64: selecting and sorting cost 40 to 50 ms, a
-product 62 to 70. Devices other than the CPU take the torch path.
+product 62 to 70. A GPU takes the kernels of triton_encode.py where they can, other devices the torch path.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import torch
 from sae_runtime import reference
 from sae_runtime.bfloat import round_code
 from sae_runtime.jit import jit
-from sae_runtime.sae import SaeWeights
+from sae_runtime.sae import Input, SaeWeights
+from sae_runtime.screen import Screen
 from sae_runtime.topk import by_feature, chosen, pick
+from sae_runtime.triton_encode import Kernels, supports
 
 TOKENS_PER_BLOCK = 2048
 FEATURES_PER_BLOCK = 4096
@@ -116,8 +118,14 @@ class Encoder:
         here: dict[str, Any] = {"W_enc": self.weight.T, "W_glu": None if self.glu is None else self.glu.T}
         here |= {name: t.to(device) for name, t in weights.tensors().items() if name not in here}
         self.sae = replace(weights, **here)
+        self.screen: Screen | None = None
         bias = self.sae.b_enc if weights.rule != "gated" else torch.zeros_like(self.sae.b_enc)
         self.bias = bias[:, None]  # [width, 1]
+        if self.cut is not None and self.glu is None and self.loops:
+            self.screen = Screen(self.weight, bias, self.cut.floor)
+        self.kernels: Kernels | None = None
+        if device.type == "cuda" and supports(self.sae):
+            self.kernels = kernels_of(self.sae, self.cut)
 
     @property
     def has_decoder(self) -> bool:
@@ -129,6 +137,12 @@ class Encoder:
         """Active pairs for `x` [tokens, d_in], any float dtype, on the encoder's device."""
         if not len(x):
             return Sparse(np.zeros(self.width + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.uint16))
+        if self.kernels is not None:
+            step = self.kernels.most_tokens
+            starts = range(0, len(x), step)
+            return merge([Sparse(*self.kernels.encode(x[s : s + step], s)) for s in starts], self.width)
+        if self.screen is not None and self.cut is not None:
+            return self._screened(x, self.screen, self.cut)
         if self.cut is not None:
             return self._over(x, self.cut)
         return self._ranked_loops(x) if self.loops else self._ranked_torch(x)
@@ -146,6 +160,19 @@ class Encoder:
             y = reference.decode(self._dense(pre), x[tokens], self.sae)
             total += float((target[tokens].float() - y).double().square().sum())
         return total
+
+    def _screened(self, x: torch.Tensor, screen: Screen, cut: Cut) -> Sparse:
+        z = reference.inputs(x, self.sae)
+        # What the model produced in bfloat16 and nothing has changed since loses nothing on the way there.
+        exact = x.dtype == torch.bfloat16 and self.sae.b_pre is None and self.sae.input == Input()
+        none = np.zeros(0, np.float32)
+        gain = none if cut.gain is None else cut.gain.numpy()
+        shift = none if cut.shift is None else cut.shift.numpy()
+        blocks = []
+        for count, token, code in screen.over(z, exact, gain, shift):
+            indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
+            blocks.append(Sparse(indptr, token, code))
+        return merge(blocks, self.width)
 
     def _over(self, x: torch.Tensor, cut: Cut) -> Sparse:
         blocks = []
@@ -212,6 +239,11 @@ class Encoder:
         f = torch.zeros_like(pre)
         f[at] = pre[at]
         return f
+
+
+def kernels_of(sae: SaeWeights, cut: Cut | None) -> Kernels:
+    """The kernels of an SAE and its cut, all on one device."""
+    return Kernels(sae) if cut is None else Kernels(sae, cut.floor, cut.gain, cut.shift)
 
 
 def compact_loops(pre: torch.Tensor, cut: Cut, offset: int) -> Sparse:

@@ -14,7 +14,7 @@ import numba
 
 from sae_runtime.cache import cache_dir
 
-_SOURCES = ("bfloat.py", "encode.py", "summaries.py", "topk.py")
+_SOURCES = ("bfloat.py", "encode.py", "screen.py", "summaries.py", "topk.py")
 
 
 def _code_dir() -> Path:
@@ -28,3 +28,5 @@ numba.config.CACHE_DIR = str(_code_dir())  # type: ignore[attr-defined]  # befor
 
 jit = numba.njit(cache=True, nogil=True)
 inlined = numba.njit(cache=True, inline="always")
+# Sums whose order the compiler may choose: one order for one machine, and any is float32's.
+summed = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})

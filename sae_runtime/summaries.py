@@ -46,6 +46,8 @@ WINDOW = 64  # positions on either side of the maximum whose activations are kep
 ENDING = 16  # tokens that must differ for two documents to be both among the top
 _STRATA = 262  # bfloat16 exponents, -133 .. 128
 _TOO_LARGE = 0x4F00  # code of 2^31, whose square still fits the sums
+_EXACT = 134 - SQUARE_BITS // 2  # exponent field from which on no bit of a square is cut off
+_ROWS = (1 << 40) - 1
 
 
 class Chunk(NamedTuple):
@@ -84,8 +86,10 @@ class Top(NamedTuple):
     context: np.ndarray  # int32 [width, k + 1], unit-local
     position: np.ndarray  # int32 [width, k + 1]
     key: np.ndarray  # uint64 [width, k + 1, 2]: hash of the last tokens
-    start: np.ndarray  # int64 [width, k + 1]: window in the arena
-    length: np.ndarray  # int32 [width, k + 1]: its length, -1 when still to be gathered
+    start: (
+        np.ndarray
+    )  # int64 [width, k + 1]: window in the arena; inside `update` also of rows, see _gathered
+    length: np.ndarray  # int32 [width, k + 1]
 
 
 class Open(NamedTuple):
@@ -111,10 +115,11 @@ class Samples(NamedTuple):
 
 
 class Arena(NamedTuple):
-    """Windows of activations, one after the other."""
+    """Windows of activations, in the order they came; some nobody refers to any more."""
 
     position: np.ndarray  # int32
     code: np.ndarray  # uint16
+    used: int  # entries from here on are room for more
 
 
 class DocumentRows(NamedTuple):
@@ -126,6 +131,13 @@ class DocumentRows(NamedTuple):
     max: np.ndarray  # uint16
     high: np.ndarray  # int64
     low: np.ndarray  # uint64
+
+
+class Groups(NamedTuple):
+    """The (feature, context) pairs of a chunk, sorted."""
+
+    indptr: np.ndarray  # int64 [width + 1]
+    row: np.ndarray  # int32: of the context's maximum
 
 
 @dataclass
@@ -191,29 +203,34 @@ class Summary:
 
         Returns the rows of documents that ended. Raises DataError for an absolute value of 2^31 or more.
         """
-        size = sparse.code & np.uint16(0x7FFF)
-        if sparse.rows and int(size.max()) >= _TOO_LARGE:
-            token = int(sparse.token[int(size.argmax())])
+        if _highest(sparse.code) >= _TOO_LARGE:
+            token = int(sparse.token[int((sparse.code & np.uint16(0x7FFF)).argmax())])
             where = f"context {chunk.context[token]} of the unit, position {chunk.position[token]}"
             raise DataError(f"{where}: an activation of {self.sae} is 2^31 or more")
-        groups, rows = _count(
-            sparse.indptr, sparse.token, sparse.code, chunk, _BINS, self.counts, self.top, self.open
-        )
-        self.top_arena = _gather_top(
-            sparse.indptr, sparse.token, sparse.code, chunk, self.top, self.top_arena
-        )
-        self.samples, self.sample_arena = _sample(
-            sparse.indptr,
-            sparse.token,
-            sparse.code,
-            chunk,
-            self.samples,
-            self.sample_arena,
-            self.seed,
-            self.sample_k,
-            groups,
-        )
-        return DocumentRows(*rows)
+        width, contexts, k = len(sparse.indptr) - 1, len(chunk.document), self.sample_k
+        begins = np.searchsorted(chunk.context, chunk.first + np.arange(contexts + 1))
+        floors = np.zeros(width, np.int64)
+        _count_values(sparse.indptr, sparse.code, _BINS, self.counts, floors)
+        documents = int(np.count_nonzero(np.diff(chunk.document))) + 2  # and one that was open
+        rows = _no_rows(min(sparse.rows + width, width * documents))
+        groups = Groups(np.zeros(width + 1, np.int64), np.empty(min(sparse.rows, width * contexts), np.int32))
+        n = _count_documents(
+            sparse.indptr, sparse.token, sparse.code, chunk, begins, floors, self.counts, self.top, self.open,
+            rows, groups,
+        )  # fmt: skip
+        _place_top(sparse.indptr, sparse.token, chunk, begins, self.top)
+        fresh = _room(width, int(groups.indptr[-1]))
+        _draw(
+            sparse.indptr, sparse.token, sparse.code, chunk, begins, groups, self.seed, _no_strata(k),
+            self.samples, fresh,
+        )  # fmt: skip
+        new = _room(width, len(self.samples.stratum) + int(fresh.indptr[-1]))
+        self.samples = _cut(new, _merge(self.samples, fresh, k, new))
+        start, length = self.top.start.reshape(-1), self.top.length.reshape(-1)
+        self.top_arena = _gathered(start, length, sparse.token, sparse.code, chunk, self.top_arena)
+        start, length = self.samples.start, self.samples.length
+        self.sample_arena = _gathered(start, length, sparse.token, sparse.code, chunk, self.sample_arena)
+        return DocumentRows(*(column[:n].copy() for column in rows))
 
 
 def place_hash(corpus: str, source: str, row: int, start: int) -> int:
@@ -227,7 +244,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _no_arena() -> Arena:
-    return Arena(np.zeros(0, np.int32), np.zeros(0, np.uint16))
+    return Arena(np.zeros(0, np.int32), np.zeros(0, np.uint16), 0)
 
 
 @inlined
@@ -241,13 +258,12 @@ def _mix(value: np.uint64) -> np.uint64:
 
 
 @jit
-def _ending(chunk: Chunk, context: int, position: int) -> tuple[np.uint64, np.uint64]:
-    """128-bit hash of the up to ENDING tokens of a context that end at `position`."""
-    base = chunk.offset[context - chunk.first]
+def _ending(tokens: np.ndarray, base: int, position: int) -> tuple[np.uint64, np.uint64]:
+    """128-bit hash of the up to ENDING tokens that end at `position` of the context that starts at `base`."""
     first = max(0, position - ENDING + 1)
     one, two = np.uint64(position - first), ~np.uint64(position - first)
     for i in range(first, position + 1):
-        token = np.uint64(chunk.tokens[base + i]) + np.uint64(1)
+        token = np.uint64(tokens[base + i]) + np.uint64(1)
         one = _mix(one + token * _GOLDEN)
         two = _mix((two ^ token) + _GOLDEN)
     return one, two
@@ -299,252 +315,384 @@ def _offer(top: Top, f: int) -> None:
 
 
 @jit
-def _count(
-    indptr: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, bins: np.ndarray,
-    counts: Counts, top: Top, opened: Open,
-) -> tuple:  # fmt: skip
-    """One pass over a chunk's rows: counts, top candidates, document rows. Also (feature, context) pairs."""
-    width = len(indptr) - 1
-    k = top.code.shape[1] - 1
-    most = len(token) + width
-    out_feature, out_document = np.empty(most, np.int32), np.empty(most, np.int32)
-    out_tokens, out_max = np.empty(most, np.int32), np.empty(most, np.uint16)
-    out_high, out_low = np.empty(most, np.int64), np.empty(most, np.uint64)
-    out, groups = 0, 0
-    for f in range(width):
-        row, end = indptr[f], indptr[f + 1]
-        pending = opened.tokens[f] > 0
-        if row == end and not pending:
+def _highest(codes: np.ndarray) -> int:
+    """The highest absolute value, as a code; 0 of none."""
+    highest = np.uint16(0)
+    for code in codes:
+        highest = max(highest, magnitude(code))
+    return np.int64(highest)
+
+
+@jit
+def _floor(codes: np.ndarray) -> int:
+    """The lowest exponent field from which on values, and their squares, can be summed in 64 bits.
+
+    Counted from that field, a squared mantissa has 16 bits and two more for each octave above it.
+    """
+    rows = len(codes)
+    length = 0
+    while rows >> length:
+        length += 1
+    return max((_highest(codes) >> 7) - (63 - 16 - length) // 2, _EXACT)
+
+
+@jit
+def _count_values(
+    indptr: np.ndarray, code: np.ndarray, bins: np.ndarray, counts: Counts, floors: np.ndarray
+) -> None:
+    """Take rows into squares and histogram; `floors` [width] gets `_floor` of each feature."""
+    for f in range(len(indptr) - 1):
+        if indptr[f] == indptr[f + 1]:
             continue
+        codes = code[indptr[f] : indptr[f + 1]]
+        floor = _floor(codes)
+        floors[f] = floor
+        high, low = _squares(codes, floor)
+        counts.squares_high[f], counts.squares_low[f] = add(
+            counts.squares_high[f], counts.squares_low[f], high, low
+        )
+        for value in codes:
+            counts.histogram[f, bins[magnitude(value)]] += np.uint32(1)
+
+
+@jit
+def _squares(codes: np.ndarray, floor: int) -> tuple[np.int64, np.uint64]:
+    total, small = np.int64(0), np.int64(0)
+    for code in codes:
+        value = np.int64(code)
+        above = ((value >> 7) & 0xFF) - floor
+        mantissa = (value & 0x7F) | 0x80
+        inside = np.int64(above >= 0)
+        total += (mantissa * mantissa * inside) << (2 * above * inside)
+        small += 1 - inside
+    high, low = shifted(np.uint64(total), 2 * (floor - 134) + SQUARE_BITS)
+    if small > 0:
+        for code in codes:
+            if (np.int64(code) >> 7) & 0xFF < floor:
+                mantissa, power = parts(code)
+                more_high, more_low = shifted(mantissa * mantissa, 2 * power + SQUARE_BITS)
+                high, low = add(high, low, more_high, more_low)
+    return high, low
+
+
+@inlined
+def _wide(total: int, shift: int) -> tuple[np.int64, np.uint64]:
+    """total * 2^shift as (high, low) 64-bit words, for a signed total and 0 < shift < 128."""
+    if shift < 64:
+        return total >> np.int64(64 - shift), np.uint64(total) << np.uint64(shift)
+    return total << np.int64(shift - 64), np.uint64(0)
+
+
+@jit
+def _span(
+    token: np.ndarray, chunk: Chunk, begins: np.ndarray, first: int, last: int, row: int
+) -> tuple[int, int]:
+    """Rows of [first, last), all of one feature, within WINDOW of `row` and in its context."""
+    t = token[row]
+    context, position = chunk.context[t] - chunk.first, chunk.position[t]
+    lo, hi = row, row + 1
+    begin, end = begins[context], begins[context + 1]
+    while lo > first and token[lo - 1] >= begin and chunk.position[token[lo - 1]] >= position - WINDOW:
+        lo -= 1
+    while hi < last and token[hi] < end and chunk.position[token[hi]] <= position + WINDOW:
+        hi += 1
+    return lo, hi
+
+
+@jit
+def _count_documents(
+    indptr: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, begins: np.ndarray,
+    floors: np.ndarray, counts: Counts, top: Top, opened: Open, rows: DocumentRows, groups: Groups,
+) -> int:  # fmt: skip
+    """Go through rows by document and context: what is left of the counts, top candidates, document rows."""
+    last = top.code.shape[1] - 1
+    out, group = 0, 0
+    for f in range(len(indptr) - 1):
+        row, end, floor = indptr[f], indptr[f + 1], floors[f]
+        pending = opened.tokens[f] > 0
+        context = chunk.context[token[row]] - chunk.first if row < end else 0
         while row < end or (pending and chunk.open_document != chunk.tail_document):
             # The next document with something to say of this feature: the open one comes first.
-            if row < end:
-                document = chunk.document[chunk.context[token[row]] - chunk.first]
-            if pending and (row == end or document != chunk.open_document):
-                document = chunk.open_document
-            n, high, low = 0, np.int64(0), np.uint64(0)
+            document = chunk.open_document
+            if row < end and not (pending and chunk.document[context] != chunk.open_document):
+                document = chunk.document[context]
+            n, high, low = np.int64(0), np.int64(0), np.uint64(0)
             best = np.uint16(0)  # as rank_of has it; every activation's is higher
             if pending:
-                n, high, low = opened.tokens[f], opened.high[f], opened.low[f]
-                best = rank_of(top.code[f, k])
+                n, high, low = np.int64(opened.tokens[f]), opened.high[f], opened.low[f]
+                best = rank_of(top.code[f, last])
                 opened.tokens[f] = 0
                 pending = False
-            better = False
-            best_context, best_position = 0, 0
-            while row < end and chunk.document[chunk.context[token[row]] - chunk.first] == document:
-                context = chunk.context[token[row]]
-                groups += 1
-                counts.contexts[f] += 1
-                while row < end and chunk.context[token[row]] == context:
-                    value = code[row]
-                    mantissa, power = parts(value)
-                    more_high, more_low = shifted(mantissa, power + SUM_BITS)
-                    if value >> np.uint16(15):
-                        more_high, more_low = negated(more_high, more_low)
-                    high, low = add(high, low, more_high, more_low)
-                    more_high, more_low = shifted(mantissa * mantissa, 2 * power + SQUARE_BITS)
-                    counts.squares_high[f], counts.squares_low[f] = add(
-                        counts.squares_high[f], counts.squares_low[f], more_high, more_low
-                    )
-                    counts.histogram[f, bins[magnitude(value)]] += np.uint32(1)
-                    if rank_of(value) > best:
-                        best, better = rank_of(value), True
-                        best_context, best_position = context, chunk.position[token[row]]
-                    n += 1
+            best_row, total = np.int64(-1), np.int64(0)  # total: signed, in units of the floor
+            while row < end and chunk.document[context] == document:
+                stop = begins[context + 1]
+                before, highest = row, np.int64(0)
+                while row < end and token[row] < stop:
+                    value = np.int64(code[row])
+                    above = ((value >> 7) & 0xFF) - floor
+                    if above >= 0:
+                        size = ((value & 0x7F) | 0x80) << above
+                        sign = -(value >> 15)
+                        total += (size ^ sign) - sign
+                    else:
+                        mantissa, power = parts(code[row])
+                        more_high, more_low = shifted(mantissa, power + SUM_BITS)
+                        if value >> 15:
+                            more_high, more_low = negated(more_high, more_low)
+                        high, low = add(high, low, more_high, more_low)
+                    # The highest rank, of equals the first row: one comparison, no branch.
+                    highest = max(highest, (np.int64(rank_of(code[row])) << 40) | (_ROWS - row))
                     row += 1
-            if better:
-                one, two = _ending(chunk, best_context, best_position)
-                _set_slot(top, f, k, code_of(best), best_context, best_position, one, two, 0, -1)
+                n += row - before
+                rank, at = np.uint16(highest >> 40), _ROWS - (highest & _ROWS)
+                groups.row[group] = at
+                group += 1
+                counts.contexts[f] += 1
+                if rank > best:
+                    best, best_row = rank, at
+                if row < end:
+                    context = chunk.context[token[row]] - chunk.first
+            if total != 0:
+                more_high, more_low = _wide(total, floor - 134 + SUM_BITS)
+                high, low = add(high, low, more_high, more_low)
+            if best_row >= 0:
+                _propose(top, f, code_of(best), token[best_row], best_row, chunk)
             if document == chunk.tail_document:
                 opened.tokens[f], opened.high[f], opened.low[f] = n, high, low
                 break
             _offer(top, f)
-            top.length[f, k] = 0
+            top.length[f, last] = 0
             counts.tokens[f] += n
             counts.documents[f] += 1
             counts.sum_high[f], counts.sum_low[f] = add(counts.sum_high[f], counts.sum_low[f], high, low)
             if best > rank_of(counts.max[f]):
                 counts.max[f] = code_of(best)
-            out_feature[out], out_document[out] = f, document
-            out_tokens[out], out_max[out] = n, code_of(best)
-            out_high[out], out_low[out] = high, low
+            rows.feature[out], rows.document[out] = f, document
+            rows.tokens[out], rows.max[out] = n, code_of(best)
+            rows.high[out], rows.low[out] = high, low
             out += 1
-    return groups, (
-        out_feature[:out].copy(), out_document[:out].copy(), out_tokens[:out].copy(),
-        out_max[:out].copy(), out_high[:out].copy(), out_low[:out].copy(),
-    )  # fmt: skip
+        groups.indptr[f + 1] = group
+    return out
 
 
 @jit
-def _seek(lo: int, hi: int, token: np.ndarray, chunk: Chunk, context: int, position: int) -> int:
-    """First row of [lo, hi) at or after (context, position)."""
-    while lo < hi:
-        mid = (lo + hi) // 2
-        t = token[mid]
-        c = chunk.context[t]
-        if c < context or (c == context and chunk.position[t] < position):
-            lo = mid + 1
-        else:
-            hi = mid
-    return lo
-
-
-@jit
-def _window(
-    indptr: np.ndarray, token: np.ndarray, chunk: Chunk, f: int, context: int, position: int
-) -> tuple:
-    """Rows of feature `f` within WINDOW of a position, as (first, last + 1)."""
-    lo = _seek(indptr[f], indptr[f + 1], token, chunk, context, position - WINDOW)
-    return lo, _seek(lo, indptr[f + 1], token, chunk, context, position + WINDOW + 1)
-
-
-@jit
-def _gather_top(
-    indptr: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, top: Top, old: Arena
-) -> Arena:
-    """A fresh arena with the windows of all candidates: the old ones copied, the new ones gathered."""
+def _place_top(indptr: np.ndarray, token: np.ndarray, chunk: Chunk, begins: np.ndarray, top: Top) -> None:
+    """Find the windows of new candidates: first row and -length for their best row and -1."""
     width, slots = top.code.shape
-    total = 0
     for f in range(width):
         top.length[f, top.n[f] : slots - 1] = 0
         for j in range(slots):
             if top.length[f, j] < 0:
-                lo, hi = _window(indptr, token, chunk, f, top.context[f, j], top.position[f, j])
-                total += hi - lo
-            else:
-                total += top.length[f, j]
-    new = Arena(np.empty(total, np.int32), np.empty(total, np.uint16))
-    at = 0
-    for f in range(width):
-        for j in range(slots):
-            first = at
-            if top.length[f, j] < 0:
-                lo, hi = _window(indptr, token, chunk, f, top.context[f, j], top.position[f, j])
-                for row in range(lo, hi):
-                    new.position[at] = chunk.position[token[row]]
-                    new.code[at] = code[row]
-                    at += 1
-            else:
-                for i in range(top.start[f, j], top.start[f, j] + top.length[f, j]):
-                    new.position[at] = old.position[i]
-                    new.code[at] = old.code[i]
-                    at += 1
-            top.start[f, j] = first
-            top.length[f, j] = at - first
-    return new
+                lo, hi = _span(token, chunk, begins, indptr[f], indptr[f + 1], top.start[f, j])
+                top.start[f, j], top.length[f, j] = lo, lo - hi
 
 
 @jit
-def _sample(
-    indptr: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, old: Samples, arena: Arena,
-    seed: np.uint64, k: int, groups: int,
-) -> tuple:  # fmt: skip
-    """The samples with a chunk's contexts taken in."""
-    width = len(indptr) - 1
-    most = len(old.stratum) + groups
-    new = Samples(
-        np.zeros(width + 1, np.int64), np.empty(most, np.int16), np.empty(most, np.uint64),
-        np.empty(most, np.int32), np.empty(most, np.int32), np.empty(most, np.uint16),
-        np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int32),
+def _propose(top: Top, f: int, code: np.uint16, t: int, row: int, chunk: Chunk) -> None:
+    """Put a document's best so far, the activation of token `t` and of `row`, into the last slot."""
+    k = top.code.shape[1] - 1
+    if top.n[f] == k and magnitude(code) <= magnitude(top.code[f, k - 1]):
+        # It will never enter, for the k-th only rises: neither ending nor window is needed.
+        top.code[f, k] = code
+        top.length[f, k] = 0
+        return
+    context, position = chunk.context[t], chunk.position[t]
+    one, two = _ending(chunk.tokens, chunk.offset[context - chunk.first], position)
+    _set_slot(top, f, k, code, context, position, one, two, row, -1)
+
+
+class _Strata(NamedTuple):
+    """Of one feature and chunk, by stratum: the contexts of lowest hash that old samples do not shut out."""
+
+    population: np.ndarray  # int64 [strata]: contexts seen; 0 between features, what follows is of no meaning
+    home: np.ndarray  # int64 [strata]: first row of the stratum's old samples, or -1
+    full: np.ndarray  # bool [strata]: whether a hash must be below `limit`
+    limit: np.ndarray  # uint64 [strata]
+    n: np.ndarray  # int64 [strata]
+    hash: np.ndarray  # uint64 [strata, k], ascending
+    row: np.ndarray  # int64 [strata, k]: of the context's maximum
+
+
+def _no_rows(n: int) -> DocumentRows:
+    return DocumentRows(
+        np.empty(n, np.int32), np.empty(n, np.int32), np.empty(n, np.int32), np.empty(n, np.uint16),
+        np.empty(n, np.int64), np.empty(n, np.uint64),
     )  # fmt: skip
-    contexts = len(chunk.document)
-    hashes, strata = np.empty(contexts, np.uint64), np.empty(contexts, np.int16)
-    found, positions = np.empty(contexts, np.int32), np.empty(contexts, np.int32)
-    codes = np.empty(contexts, np.uint16)
-    population = np.zeros(_STRATA, np.int64)
+
+
+def _no_strata(k: int) -> _Strata:
+    return _Strata(
+        np.zeros(_STRATA, np.int64), np.zeros(_STRATA, np.int64), np.zeros(_STRATA, np.bool_),
+        np.zeros(_STRATA, np.uint64), np.zeros(_STRATA, np.int64), np.zeros((_STRATA, k), np.uint64),
+        np.zeros((_STRATA, k), np.int64),
+    )  # fmt: skip
+
+
+@jit
+def _open_stratum(s: int, stratum: np.ndarray, hash: np.ndarray, a: int, end: int, strata: _Strata) -> None:
+    """Start a feature's stratum of index `s`; its old samples are of rows [a, end)."""
+    k, wanted = strata.hash.shape[1], s - 133
+    while a < end and stratum[a] < wanted:
+        a += k if a + k <= end and stratum[a + k - 1] < wanted else 1
+    strata.home[s] = a if a < end and stratum[a] == wanted else -1
+    strata.n[s] = 0
+    strata.full[s] = a + k <= end and stratum[a + k - 1] == wanted
+    if strata.full[s]:
+        strata.limit[s] = hash[a + k - 1]
+
+
+@jit
+def _draw(
+    indptr: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, begins: np.ndarray, groups: Groups,
+    seed: np.uint64, strata: _Strata, old: Samples, fresh: Samples,
+) -> None:  # fmt: skip
+    """The chunk's own samples. What `old` has of a stratum shuts out what could not stay beside it.
+
+    Their windows are given as first row and -length; populations of strata that `old` has are added there.
+    """
+    k = strata.hash.shape[1]
     out = 0
-    for f in range(width):
-        row, end = indptr[f], indptr[f + 1]
-        n = 0
+    for f in range(len(indptr) - 1):
         salt = _mix(seed + np.uint64(f) * _GOLDEN)
-        lowest, highest = 999, -999
-        while row < end:
-            context = chunk.context[token[row]]
-            best, position = np.uint16(0), 0
-            while row < end and chunk.context[token[row]] == context:
-                if rank_of(code[row]) > best:
-                    best, position = rank_of(code[row]), chunk.position[token[row]]
-                row += 1
-            found[n], positions[n], codes[n] = context, position, code_of(best)
-            hashes[n] = _mix(chunk.place[context - chunk.first] ^ salt)
-            strata[n] = exponent(codes[n])
-            population[strata[n] + 133] += 1
-            lowest, highest = min(lowest, strata[n]), max(highest, strata[n])
-            n += 1
-        order = np.argsort(hashes[:n])
-        a, stop = old.indptr[f], old.indptr[f + 1]
-        if stop > a:
-            lowest, highest = min(lowest, old.stratum[a]), max(highest, old.stratum[stop - 1])
-        for stratum in range(lowest, highest + 1):
-            before = 0
-            if a < stop and old.stratum[a] == stratum:
-                before = old.population[a]
-            if before + population[stratum + 133] == 0:
+        lowest, highest = _STRATA, -1
+        for group in range(groups.indptr[f], groups.indptr[f + 1]):
+            row = np.int64(groups.row[group])
+            s = exponent(code[row]) + 133
+            hash = _mix(chunk.place[chunk.context[token[row]] - chunk.first] ^ salt)
+            if strata.population[s] == 0:
+                _open_stratum(s, old.stratum, old.hash, old.indptr[f], old.indptr[f + 1], strata)
+                lowest, highest = min(lowest, s), max(highest, s)
+            strata.population[s] += 1
+            if strata.full[s] and hash >= strata.limit[s]:
                 continue
-            taken, b = 0, 0
-            while taken < k:
-                while b < n and strata[order[b]] != stratum:
-                    b += 1
-                is_old = a < stop and old.stratum[a] == stratum
-                if not is_old and b == n:
-                    break
-                if is_old and (b == n or old.hash[a] <= hashes[order[b]]):
-                    new.hash[out], new.context[out], new.position[out] = (
-                        old.hash[a],
-                        old.context[a],
-                        old.position[a],
-                    )
-                    new.code[out], new.start[out], new.length[out] = old.code[a], old.start[a], old.length[a]
-                    a += 1
-                else:
-                    i = order[b]
-                    new.hash[out], new.context[out], new.position[out] = hashes[i], found[i], positions[i]
-                    new.code[out], new.start[out], new.length[out] = codes[i], 0, -1
-                    b += 1
-                new.stratum[out] = stratum
-                new.population[out] = before + population[stratum + 133] if taken == 0 else 0
-                taken += 1
+            j = min(strata.n[s], k - 1)
+            strata.n[s] = j + 1
+            while j > 0 and strata.hash[s, j - 1] > hash:
+                strata.hash[s, j], strata.row[s, j] = strata.hash[s, j - 1], strata.row[s, j - 1]
+                j -= 1
+            strata.hash[s, j], strata.row[s, j] = hash, row
+            if strata.n[s] == k:
+                strata.full[s], strata.limit[s] = True, strata.hash[s, k - 1]
+        for s in range(lowest, highest + 1):
+            population = strata.population[s]
+            if population == 0:
+                continue
+            strata.population[s] = 0
+            if strata.home[s] >= 0:
+                old.population[strata.home[s]] += population
+                population = 0
+            for j in range(strata.n[s]):
+                row = strata.row[s, j]
+                t = token[row]
+                lo, hi = _span(token, chunk, begins, indptr[f], indptr[f + 1], row)
+                fresh.stratum[out], fresh.hash[out] = s - 133, strata.hash[s, j]
+                fresh.context[out], fresh.position[out] = chunk.context[t], chunk.position[t]
+                fresh.code[out], fresh.population[out] = code[row], population
+                fresh.start[out], fresh.length[out] = lo, lo - hi
+                population = 0
                 out += 1
-            while a < stop and old.stratum[a] == stratum:
-                a += 1
-            population[stratum + 133] = 0
-        new.indptr[f + 1] = out
-    kept = Samples(
-        new.indptr, new.stratum[:out].copy(), new.hash[:out].copy(), new.context[:out].copy(),
-        new.position[:out].copy(), new.code[:out].copy(), new.population[:out].copy(),
-        new.start[:out].copy(), new.length[:out].copy(),
+        fresh.indptr[f + 1] = out
+
+
+def _room(width: int, rows: int) -> Samples:
+    """Space for so many samples."""
+    return Samples(
+        np.zeros(width + 1, np.int64), np.empty(rows, np.int16), np.empty(rows, np.uint64),
+        np.empty(rows, np.int32), np.empty(rows, np.int32), np.empty(rows, np.uint16),
+        np.empty(rows, np.int64), np.empty(rows, np.int64), np.empty(rows, np.int32),
     )  # fmt: skip
-    return kept, _gather_samples(indptr, token, code, chunk, kept, arena)
+
+
+def _cut(s: Samples, n: int) -> Samples:
+    """The first `n` samples, without a copy."""
+    return Samples(
+        s.indptr, s.stratum[:n], s.hash[:n], s.context[:n], s.position[:n], s.code[:n], s.population[:n],
+        s.start[:n], s.length[:n],
+    )  # fmt: skip
+
+
+@inlined
+def _copy_sample(source: Samples, i: int, target: Samples, out: int) -> None:
+    target.stratum[out], target.hash[out], target.context[out] = (
+        source.stratum[i],
+        source.hash[i],
+        source.context[i],
+    )
+    target.position[out], target.code[out] = source.position[i], source.code[i]
+    target.population[out] = source.population[i]
+    target.start[out], target.length[out] = source.start[i], source.length[i]
 
 
 @jit
-def _gather_samples(
-    indptr: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, samples: Samples, old: Arena
+def _merge(old: Samples, fresh: Samples, k: int, new: Samples) -> int:
+    """Per feature and stratum the k lowest hashes of both, the old one of two equal, populations added."""
+    out = 0
+    for f in range(len(old.indptr) - 1):
+        a, a_end = old.indptr[f], old.indptr[f + 1]
+        b, b_end = fresh.indptr[f], fresh.indptr[f + 1]
+        while b < b_end:
+            stratum = fresh.stratum[b]
+            while a < a_end and old.stratum[a] < stratum:
+                _copy_sample(old, a, new, out)
+                a += 1
+                out += 1
+            first, population = out, fresh.population[b]
+            if a < a_end and old.stratum[a] == stratum:
+                population += old.population[a]
+            while out < first + k:
+                is_old = a < a_end and old.stratum[a] == stratum
+                is_new = b < b_end and fresh.stratum[b] == stratum
+                if is_old and not (is_new and fresh.hash[b] < old.hash[a]):
+                    _copy_sample(old, a, new, out)
+                    a += 1
+                elif is_new:
+                    _copy_sample(fresh, b, new, out)
+                    b += 1
+                else:
+                    break
+                new.population[out] = 0
+                out += 1
+            new.population[first] = population
+            while a < a_end and old.stratum[a] == stratum:
+                a += 1
+            while b < b_end and fresh.stratum[b] == stratum:
+                b += 1
+        while a < a_end:
+            _copy_sample(old, a, new, out)
+            a += 1
+            out += 1
+        new.indptr[f + 1] = out
+    return out
+
+
+@jit
+def _gathered(
+    start: np.ndarray, length: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, arena: Arena
 ) -> Arena:
-    total = 0
-    for f in range(len(samples.indptr) - 1):
-        for e in range(samples.indptr[f], samples.indptr[f + 1]):
-            if samples.length[e] < 0:
-                lo, hi = _window(indptr, token, chunk, f, samples.context[e], samples.position[e])
-                total += hi - lo
-            else:
-                total += samples.length[e]
-    new = Arena(np.empty(total, np.int32), np.empty(total, np.uint16))
-    at = 0
-    for f in range(len(samples.indptr) - 1):
-        for e in range(samples.indptr[f], samples.indptr[f + 1]):
-            first = at
-            if samples.length[e] < 0:
-                lo, hi = _window(indptr, token, chunk, f, samples.context[e], samples.position[e])
-                for row in range(lo, hi):
-                    new.position[at] = chunk.position[token[row]]
-                    new.code[at] = code[row]
-                    at += 1
-            else:
-                for i in range(samples.start[e], samples.start[e] + samples.length[e]):
-                    new.position[at] = old.position[i]
-                    new.code[at] = old.code[i]
-                    at += 1
-            samples.start[e] = first
-            samples.length[e] = at - first
-    return new
+    """The arena with windows still among a chunk's rows added; they have their first row and -length.
+
+    Windows stay where they are until room runs out; then those still referred to move to a new arena.
+    """
+    live, more = np.int64(0), np.int64(0)
+    for n in length:
+        live += max(n, 0)
+        more -= min(n, 0)
+    position, value, at = arena.position, arena.code, arena.used
+    if at + more > len(position):
+        room = (live + more) + (live + more) // 4
+        position, value, at = np.empty(room, np.int32), np.empty(room, np.uint16), 0
+        for e in range(len(length)):
+            first = start[e]
+            if length[e] > 0:
+                start[e] = at
+            for i in range(first, first + length[e]):
+                position[at], value[at] = arena.position[i], arena.code[i]
+                at += 1
+    for e in range(len(length)):
+        if length[e] < 0:
+            first, length[e] = start[e], -length[e]
+            start[e] = at
+            for row in range(first, first + length[e]):
+                position[at], value[at] = chunk.position[token[row]], code[row]
+                at += 1
+    return Arena(position, value, at)

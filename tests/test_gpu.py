@@ -55,6 +55,61 @@ def test_every_rule_on_a_gpu_is_exact_on_integers(
         assert rows(found) == listed(formula(case))
 
 
+KERNELS = [rule for rule in RULES if rule != "groupmax"]
+
+
+@pytest.mark.parametrize("rule", KERNELS)
+@pytest.mark.parametrize(
+    ("tokens", "width", "d", "k"), [(1, 1, 1, 1), (129, 127, 65, 127), (1000, 40000, 64, 70)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernels_on_a_gpu_are_exact_on_integers(
+    rule: str, tokens: int, width: int, d: int, k: int, dtype: torch.dtype
+) -> None:
+    """One of everything, both sides of a tile's edge, and more features than are ranked in registers."""
+    case = make_case(tokens, rule, tokens, width, k, 2, set(), d)
+    encoder = Encoder(case.weights(), torch.device("cuda"))
+    assert encoder.kernels is not None
+    assert rows(encoder.encode(case.inputs(dtype).cuda())) == listed(formula(case))
+
+
+@pytest.mark.parametrize("rule", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_and_torch_operators_agree_and_do_so_each_time(
+    rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random floats, float32 weights: values within the contract's margin, the same bytes again."""
+    generator = torch.Generator().manual_seed(1)
+    d, m, tokens, width = 2304, 4000, 3000, 4000
+    x = torch.randn(tokens, d, generator=generator)
+    x[:, 7] *= 300
+    x = x.to(dtype).cuda()
+    more = {"k": 60} if rule in ("topk", "topk_signed", "abstopk") else {}
+    more |= {"threshold": torch.full((m,), 2.0)} if rule == "jumprelu" else {}
+    more |= {"b_gate": torch.full((m,), -2.0), "r_mag": torch.zeros(m)} if rule == "gated" else {}
+    W = torch.randn(d, m, generator=generator) / d**0.5
+    sae = SaeWeights(rule, W, torch.randn(m, generator=generator), **more)
+    encoder = Encoder(sae, torch.device("cuda"))
+    monkeypatch.setattr("sae_runtime.triton_encode._ROWS_PER_TOKEN", 1)
+    found, again = encoder.encode(x), Encoder(sae, torch.device("cuda")).encode(x)
+    for column in ("indptr", "token", "code"):
+        assert (getattr(found, column) == getattr(again, column)).all()
+    encoder.kernels = None
+    other = encoder.encode(x)
+    dense = [np.zeros((tokens, width), np.float32) for _ in range(2)]
+    for f, at in zip((found, other), dense, strict=True):
+        at[f.token, np.repeat(np.arange(width), np.diff(f.indptr))] = to_float(f.code)
+    both = (dense[0] != 0) & (dense[1] != 0)
+    assert both.sum() >= 0.9995 * max(found.rows, other.rows)
+    margin = 2.0**-19 * (x.float().norm(dim=1)[:, None].cpu() * W.norm(dim=0)).numpy()
+    allowed = np.abs(dense[1]) * 2.0**-7 + margin
+    assert (np.abs(dense[0] - dense[1])[both] <= allowed[both]).all()
+    assert (dense[0] == dense[1])[both].mean() > 0.99
+    if rule == "jumprelu":
+        exact = (x.double() @ W.cuda().double()).cpu().numpy() + sae.b_enc.double().numpy()
+        assert ((dense[0] > 0) == (exact > 2.0))[np.abs(exact - 2.0) > margin].all()
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("norm", ["none", "constant_norm", "unit_rms", "center", "layer_norm"])
 def test_the_reconstruction_on_a_gpu(rule: str, norm: str) -> None:

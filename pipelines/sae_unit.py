@@ -1,0 +1,91 @@
+"""One SAE over one unit: its summary, its reconstruction error and the rows held until they are written.
+
+Invariant: an SAE touches its own state alone, so SAEs of a chunk are taken side by side in threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pipelines.chunks import Captured
+from pipelines.partials import SampledDocuments
+from pipelines.schema import key
+from pipelines.writer import UnitWriter, sae_column
+from sae_runtime.bfloat import SUM_BITS, fixed_to_float, to_float
+from sae_runtime.encode import Encoder, Sparse, merge
+from sae_runtime.sae import SaeInfo
+from sae_runtime.summaries import Chunk, DocumentRows, Summary
+
+
+class SaeUnit:
+    """State of one SAE in a unit's scan."""
+
+    def __init__(self, number: int, info: SaeInfo, encoder: Encoder, top_k: int, sample_k: int) -> None:
+        self.number, self.info, self.encoder = number, info, encoder
+        self.summary = Summary.empty(info.id, info.width, top_k, sample_k)
+        self.error = 0.0  # sum of squared errors over the sampled tokens
+        self.held = 0  # rows
+        self._blocks: list[Sparse] = []  # tokens are the unit's: local context * length + position
+        self._documents: list[DocumentRows] = []
+
+    def take(
+        self,
+        x: Captured,
+        chunk: Chunk,
+        keys: np.ndarray,
+        pair: tuple[torch.Tensor, torch.Tensor] | None,
+        sampled: SampledDocuments,
+    ) -> None:
+        """Take in a chunk. `keys` int64 [counted tokens]; `pair` is sampled activations and their target."""
+        sparse = x.in_chunk(self.encoder.encode(x.x))
+        if pair is not None:
+            self.error += self.encoder.squared_error(*pair)
+        ended = self.summary.update(sparse, chunk)
+        if self.info.keep != "none":
+            self._documents.append(ended)
+            self.held += len(ended.feature)
+        kept = sampled.keep(self.number, sparse, chunk)
+        if kept is not None:
+            self._blocks.append(Sparse(kept.indptr, keys[kept.token], kept.code))
+            self.held += kept.rows
+
+    def release(self) -> Rows:
+        """What is held, for writing; nothing is held afterwards."""
+        rows = Rows(self.info, self._blocks, self._documents)
+        self._blocks, self._documents, self.held = [], [], 0
+        return rows
+
+
+class Rows:
+    """Rows of one SAE that are to be written."""
+
+    def __init__(self, info: SaeInfo, blocks: list[Sparse], documents: list[DocumentRows]) -> None:
+        self.info, self.documents = info, documents
+        self.block = merge(blocks, info.width) if blocks else None
+
+    def write(self, writer: UnitWriter, ordinal: int, length: int) -> None:
+        """Write them, sorted by feature. `length` is the index's context length."""
+        if self.block is not None:
+            features = np.arange(self.info.width, dtype=np.int32)
+            columns = {
+                "sae": sae_column(self.info.id, self.block.rows),
+                "feature": np.repeat(features, np.diff(self.block.indptr)),
+                "token": self.block.token + key(ordinal) * length,
+                "activation": to_float(self.block.code),
+            }
+            writer.write("activations", columns)
+        if not self.documents:
+            return
+        parts = [np.concatenate(column) for column in zip(*self.documents, strict=True)]
+        order = np.argsort(parts[0], kind="stable")
+        rows = DocumentRows(*(column[order] for column in parts))
+        columns = {
+            "sae": sae_column(self.info.id, len(order)),
+            "feature": rows.feature,
+            "document": rows.document.astype(np.int64) + key(ordinal),
+            "n_tokens": rows.tokens,
+            "max": to_float(rows.max),
+            "sum": fixed_to_float(rows.high, rows.low, SUM_BITS),
+        }
+        writer.write("document_features", columns)

@@ -1,0 +1,60 @@
+"""Independent pieces of work on the threads that a worker has.
+
+Invariant: results do not depend on how many threads there are. Inside a piece torch uses one thread, so
+that pieces do not wait for each other at every operation; the loops release Python's lock.
+Also: freed memory is kept. A model's forward pass gets and frees tensors of some 10 MB at every operation,
+which the C library maps and unmaps each time; keeping them took SmolLM2 over 4,096 tokens from 1.08 s to
+0.87 (2 cores, bfloat16).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # mallopt's names for them (malloc.h)
+
+
+class Threads:
+    """`map` over items, side by side where there are several of both."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, initializer=_alone) if threads > 1 else None
+
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """Results in order; the first error is raised when all have ended."""
+        items = list(items)
+        if self._pool is None or len(items) < 2:
+            return [work(item) for item in items]
+        futures = [self._pool.submit(work, item) for item in items]
+        for future in futures:
+            future.exception()
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, up to a few GB, where it is glibc."""
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt: slower, not wrong
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_TOP_PAD, 1 << 26)
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)  # of this thread only: OpenMP keeps the number per thread
