@@ -4,6 +4,11 @@ Random weights and inputs: thresholds let about 80 of 4,096 features through, ra
 Milliseconds, the least of `--repeat` rounds; the product is `addmm` of the same shape alone.
 
     python benchmarks/encode.py [--tokens 4096] [--width 4096] [--d 576] [--device cpu] [--repeat 9]
+
+With `--summaries` only summaries: chunks of random rows taken in one after the other, as a unit does.
+Milliseconds of processor time a chunk, the least of the rounds, of the first, the last and on average.
+
+    python benchmarks/encode.py --summaries [--tokens 16384] [--width 4096] [--repeat 5]
 """
 
 from __future__ import annotations
@@ -49,15 +54,68 @@ def least(run: Callable[[], object], repeat: int, device: torch.device) -> float
     return min(found[1:])
 
 
-def summarise(sparse: Sparse, tokens: int, width: int) -> None:
-    """Take the rows in as one chunk of contexts of 256, two to a document."""
+def chunk_of(tokens: int, number: int) -> Chunk:
+    """A chunk of contexts of 256, two to a document."""
     index = np.arange(tokens, dtype=np.int32)
     contexts = -(-tokens // CONTEXT)
-    numbers = np.arange(contexts, dtype=np.int32)
+    first = number * contexts
+    numbers = np.arange(first, first + contexts, dtype=np.int32)
     offset = np.minimum(np.arange(contexts + 1, dtype=np.int64) * CONTEXT, tokens)
     place = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    chunk = Chunk(index // CONTEXT, index % CONTEXT, 0, numbers // 2, place, index, offset, -1, -1)
-    Summary.empty("benchmark", width, 20, 10).update(sparse, chunk)
+    context = first + index // CONTEXT
+    ids = (index * 7919 + number * 104729) % 50021  # endings differ
+    return Chunk(context, index % CONTEXT, first, numbers // 2, place, ids, offset, -1, -1)
+
+
+def summarise(sparse: Sparse, tokens: int, width: int) -> None:
+    """Take the rows in as one chunk."""
+    Summary.empty("benchmark", width, 20, 10).update(sparse, chunk_of(tokens, 0))
+
+
+def random_rows(rng: np.random.Generator, share: np.ndarray, tokens: int) -> Sparse:
+    """Rows of features that are active in these shares of tokens, in 30 % of the contexts where that fits."""
+    where, counts = [], []
+    for p in share:
+        inside = max(0.3, min(1, 1.5 * p)) if p < 1 else 1
+        contexts = rng.random(-(-tokens // CONTEXT)) < inside
+        active = np.repeat(contexts, CONTEXT)[:tokens] & (rng.random(tokens) < p / inside)
+        where.append(np.flatnonzero(active).astype(np.int32))
+        counts.append(len(where[-1]))
+    rows = sum(counts)
+    values = (
+        np.repeat(np.exp(rng.normal(size=len(share))), counts) * np.exp(0.7 * rng.normal(size=rows)) + 0.3
+    )
+    codes = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return Sparse(np.concatenate([[0], np.cumsum(counts)]), np.concatenate(where), codes)
+
+
+def time_summaries(tokens: int, width: int, repeat: int, chunks: int = 8) -> None:
+    """Print a line for features of unequal shares and L0 91, for L0 1, and for L0 20 with a dense feature."""
+    rng = np.random.default_rng(0)
+    unequal = np.exp(1.5 * rng.normal(size=width))
+    one_dense = np.full(width, 20 / width)
+    one_dense[7] = 1
+    shares = {
+        "L0 91": np.minimum(unequal * 91 / unequal.sum(), 0.9),
+        "L0 1": np.full(width, 1 / width),
+        "L0 20, one dense": one_dense,
+    }
+    for name, share in shares.items():
+        taken = [(random_rows(rng, share, tokens), chunk_of(tokens, i)) for i in range(chunks)]
+        rounds = []
+        for _ in range(repeat + 1):  # the first one compiles
+            summary, times = Summary.empty("benchmark", width, 20, 10), []
+            for sparse, chunk in taken:
+                began = time.thread_time()
+                summary.update(sparse, chunk)
+                times.append(1000 * (time.thread_time() - began))
+            rounds.append(times)
+        ms = np.array(rounds[1:]).min(axis=0)
+        rows = np.mean([sparse.rows for sparse, _ in taken])
+        click.echo(
+            f"  {name:16} {rows:11,.0f} rows   first {ms[0]:6.1f} ms   last {ms[-1]:6.1f}   "
+            f"mean {ms.mean():6.1f}   {1e6 * ms.mean() / rows:6.1f} ns a row"
+        )
 
 
 @click.command()
@@ -66,8 +124,13 @@ def summarise(sparse: Sparse, tokens: int, width: int) -> None:
 @click.option("--d", default=576, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--repeat", default=9, show_default=True)
-def main(tokens: int, width: int, d: int, device: str, repeat: int) -> None:
+@click.option("--summaries", is_flag=True, help="Time summaries of random rows instead.")
+def main(tokens: int, width: int, d: int, device: str, repeat: int, summaries: bool) -> None:
     """Print a line for each rule."""
+    if summaries:
+        click.echo(f"summaries, chunks of {tokens:,} tokens, {width:,} features")
+        time_summaries(tokens, width, repeat)
+        return
     at = torch.device(device)
     generator = torch.Generator().manual_seed(0)
     W_enc = torch.randn(d, width, generator=generator) / d**0.5

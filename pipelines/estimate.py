@@ -142,12 +142,12 @@ def bytes_per_token(prepared: Prepared, planned: Planned) -> float:
 def worker_memory(prepared: Prepared, groups: Sequence[Sequence[str]]) -> int:
     """Bytes of one worker: the largest group's SAEs, activations, rows held, the model's layers."""
     by_id = {sae.id: sae for sae in prepared.saes}
-    saes = max(sum(sae_bytes(by_id[sae]) for sae in group) for group in groups)
+    saes = max(sum(sae_bytes(by_id[sae], prepared.device) for sae in group) for group in groups)
     sites = {sae.site: sae.d_in for sae in prepared.saes}
     chunk = CHUNK_TOKENS[prepared.device] * sum(sites.values()) * 4
     weights, _ = model_size(prepared.source, list(sites))
     size = 4 if prepared.spec.model.dtype == "float32" else 2
-    return int(saes + chunk + SEGMENT_ROWS * 30 + weights * size + (1 << 30))
+    return int(saes + chunk + SEGMENT_ROWS * 40 + weights * size + (1 << 30))
 
 
 def _token_share(sae: SaeInfo) -> float:
@@ -161,9 +161,7 @@ def _document_rows(sae: SaeInfo, tokens: float) -> float:
     return min(sae.width, (sae.nominal_l0 or DEFAULT_L0) * tokens**0.6)
 
 
-def _summary_rows(
-    sae: SaeInfo, prepared: Prepared, planned: Planned, documents: int, tokens: int
-) -> float:
+def _summary_rows(sae: SaeInfo, prepared: Prepared, planned: Planned, documents: int, tokens: int) -> float:
     """Rows of an SAE's partial summaries: each unit keeps its own until compaction merges them.
 
     A fit to the demo's index: nearly all features fill their top slots (one a document), and their

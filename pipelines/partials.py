@@ -2,7 +2,9 @@
 
 Invariant: a partial holds active features only and merges with those of other units (views.sql).
 Windows are written only where `keep` leaves token rows out: elsewhere the views take them from
-`activations`, which halves what top and sampled contexts take of the index.
+`activations`. Measured (16 SAEs of 4,096 features, 32,640 tokens, 47 M rows): top and sampled contexts take
+10.9 MB of a unit so, 34.4 MB with windows, 0.5 s to write against 1.1; a full read of `top_contexts` takes
+6.8 s against 3.6 (of `sampled_contexts` 9.2 against 1.6), one feature's 20 to 40 ms against 12 to 18.
 """
 
 from __future__ import annotations

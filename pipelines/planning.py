@@ -318,7 +318,7 @@ def plan_groups(prepared: Prepared, workers: int | None = None) -> list[list[str
     groups: list[list[str]] = []
     used = budget + 1
     for sae in prepared.saes:
-        size = sae_bytes(sae)
+        size = sae_bytes(sae, prepared.device)
         if used + size > budget:
             groups.append([])
             used = 0
@@ -327,9 +327,10 @@ def plan_groups(prepared: Prepared, workers: int | None = None) -> list[list[str
     return groups
 
 
-def sae_bytes(sae: SaeInfo) -> int:
-    """Host memory of one SAE in a worker: float32 encoder and decoder, and its summary."""
-    return sae.width * (8 * sae.d_in + 2400)
+def sae_bytes(sae: SaeInfo, device: str) -> int:
+    """Memory of one SAE in a worker: float32 encoder and decoder, the encoder's 16-bit parts, its summary."""
+    parts = 4 if device == "cuda" else 2
+    return sae.width * ((8 + parts) * sae.d_in + 2400)
 
 
 def memory_budget(workers: int, device: str) -> int:

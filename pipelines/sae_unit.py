@@ -61,18 +61,17 @@ class Rows:
     """Rows of one SAE that are to be written."""
 
     def __init__(self, info: SaeInfo, blocks: list[Sparse], documents: list[DocumentRows]) -> None:
-        self.info, self.documents = info, documents
-        self.block = merge(blocks, info.width) if blocks else None
+        self.info, self.blocks, self.documents = info, blocks, documents
 
     def write(self, writer: UnitWriter, ordinal: int, length: int) -> None:
         """Write them, sorted by feature. `length` is the index's context length."""
-        if self.block is not None:
-            features = np.arange(self.info.width, dtype=np.int32)
+        if self.blocks:
+            block = merge(self.blocks, self.info.width)
             columns = {
-                "sae": sae_column(self.info.id, self.block.rows),
-                "feature": np.repeat(features, np.diff(self.block.indptr)),
-                "token": self.block.token + key(ordinal) * length,
-                "activation": to_float(self.block.code),
+                "sae": sae_column(self.info.id, block.rows),
+                "feature": np.repeat(np.arange(self.info.width, dtype=np.int32), np.diff(block.indptr)),
+                "token": block.token + key(ordinal) * length,
+                "activation": to_float(block.code),
             }
             writer.write("activations", columns)
         if not self.documents:

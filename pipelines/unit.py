@@ -202,11 +202,10 @@ class _UnitScan:
                 held = next(placed, None)
             after = held.document.local if held is not None else -1
             try:
-                self._chunk(part, before, after, BATCH_TOKENS[kind])
+                self._chunk(part, before, after, BATCH_TOKENS[kind], held is None)
             except DataError as error:
                 raise DataError(f"{self.work.unit.path} {error}") from error
             before = part[-1].document.local
-        self._flush()
         self._finish()
 
     def _placed(self) -> Iterator[Placed]:
@@ -271,23 +270,28 @@ class _UnitScan:
                 "unit; split the longest documents or raise context.length"
             )
 
-    def _chunk(self, part: list[Placed], before: int, after: int, batch_tokens: int) -> None:
+    def _chunk(self, part: list[Placed], before: int, after: int, batch_tokens: int, last: bool) -> None:
         chunk = chunk_tables(part, before, after, self.work.unit)
         x, samples = self._capture(part, chunk, batch_tokens)
         keys = chunk.context.astype(np.int64) * self.s.rule.length + chunk.position
 
-        def take(sae: SaeUnit) -> None:
+        def take(sae: SaeUnit) -> SaeUnit:
             pair = samples.get((sae.info.site, sae.info.out))
             sae.take(x[sae.info.site], chunk, keys, pair, self.sampled)
+            return sae
 
-        self.s.threads.map(take, self.saes)
+        # Rows of a full segment, and all of them at the end, are written while the other SAEs go on.
+        full = SEGMENT_ROWS // len(self.saes)
+        self.writer.flushed()
+        for sae in self.s.threads.map(take, self.saes):
+            if last or sae.held >= full:
+                rows = partial(sae.release().write, ordinal=self.work.unit.ordinal, length=self.s.rule.length)
+                self.writer.submit(rows)
         self.encoded += len(chunk.context)
         self._write_contexts(part, chunk)
         self.tokens += sum(len(p.context.tokens) for p in part)
         first = part[0].document.local + (part[0].document.local == before)
         self.s.progress(part[-1].document.local + 1 - first, len(chunk.context))
-        if sum(sae.held for sae in self.saes) >= SEGMENT_ROWS:
-            self._flush()
 
     def _capture(
         self, part: list[Placed], chunk: Chunk, batch_tokens: int
@@ -344,13 +348,6 @@ class _UnitScan:
                 "place_hash": chunk.place,
             },
         )
-
-    def _flush(self) -> None:
-        """Have the rows held so far written, sorted by feature within each SAE."""
-        self.writer.flushed()
-        ordinal, length = self.work.unit.ordinal, self.s.rule.length
-        for rows in self.s.threads.map(SaeUnit.release, self.saes):
-            self.writer.submit(partial(rows.write, ordinal=ordinal, length=length))
 
     def _write_rows(self, kind: str, rows: Sequence[tuple[Any, ...]]) -> None:
         schema = self.writer.writer.schema(kind)

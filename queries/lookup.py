@@ -166,7 +166,7 @@ def _examples(con: duckdb.DuckDBPyConnection, sae: str, features: list[int]) -> 
         """
         SELECT t.feature, t.position, greatest(t.position - $3, 0) AS first,
             c.tokens[greatest(t.position - $3, 0) + 1 : t.position + $4 + 1] AS tokens
-        FROM top_contexts AS t JOIN contexts AS c ON c.context = t.context
+        FROM _top_contexts AS t JOIN contexts AS c ON c.context = t.context
         WHERE t.sae = $1 AND t.rank = 1 AND list_contains($2, t.feature)
         """,
         [sae, features, *_EXAMPLE],

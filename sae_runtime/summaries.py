@@ -5,7 +5,9 @@ the unit boundaries show. Chunks may cut a document (it stays "open" until its l
 context. Partials of disjoint sets of documents merge: counts and sums add, maxima and lowest hashes
 are taken again (queries/views.sql does it).
 Trade-off: dense per-feature state (about 1.6 kB a feature at top_k 20, most of it the histogram and
-the candidates) instead of a hash map, so that a chunk is one linear pass over its sorted rows.
+the candidates) instead of a hash map, so that a chunk is a few linear passes over its sorted rows.
+Those are separate functions without calls that stay calls: where one remains, numba counts references
+of every array of a tuple around it, which cost more than half the time (1.5 M rows: 46 ms, now 22).
 
 Top contexts: each document offers its highest activation; of offers whose last 16 tokens are equal
 only the highest stays; then the k highest; ties go to the earlier in corpus order. Samples: within a
@@ -47,7 +49,7 @@ ENDING = 16  # tokens that must differ for two documents to be both among the to
 _STRATA = 262  # bfloat16 exponents, -133 .. 128
 _TOO_LARGE = 0x4F00  # code of 2^31, whose square still fits the sums
 _EXACT = 134 - SQUARE_BITS // 2  # exponent field from which on no bit of a square is cut off
-_ROWS = (1 << 40) - 1
+_ROWS = (1 << 40) - 1  # more than a chunk's rows
 
 
 class Chunk(NamedTuple):
@@ -213,12 +215,16 @@ class Summary:
         _count_values(sparse.indptr, sparse.code, _BINS, self.counts, floors)
         documents = int(np.count_nonzero(np.diff(chunk.document))) + 2  # and one that was open
         rows = _no_rows(min(sparse.rows + width, width * documents))
+        best_rows, tail_rows = np.empty(len(rows.feature), np.int64), np.full(width, -1)
         groups = Groups(np.zeros(width + 1, np.int64), np.empty(min(sparse.rows, width * contexts), np.int32))
         n = _count_documents(
-            sparse.indptr, sparse.token, sparse.code, chunk, begins, floors, self.counts, self.top, self.open,
-            rows, groups,
+            sparse.indptr, sparse.token, sparse.code, chunk, begins, floors, self.counts, self.open,
+            self.top.code[:, -1], rows, best_rows, tail_rows, groups,
         )  # fmt: skip
-        _place_top(sparse.indptr, sparse.token, chunk, begins, self.top)
+        _enter(
+            sparse.indptr, sparse.token, sparse.code, chunk, begins, rows.feature[:n], best_rows, tail_rows,
+            self.top,
+        )  # fmt: skip
         fresh = _room(width, int(groups.indptr[-1]))
         _draw(
             sparse.indptr, sparse.token, sparse.code, chunk, begins, groups, self.seed, _no_strata(k),
@@ -227,9 +233,9 @@ class Summary:
         new = _room(width, len(self.samples.stratum) + int(fresh.indptr[-1]))
         self.samples = _cut(new, _merge(self.samples, fresh, k, new))
         start, length = self.top.start.reshape(-1), self.top.length.reshape(-1)
-        self.top_arena = _gathered(start, length, sparse.token, sparse.code, chunk, self.top_arena)
+        self.top_arena = _gathered(start, length, sparse, chunk, self.top_arena)
         start, length = self.samples.start, self.samples.length
-        self.sample_arena = _gathered(start, length, sparse.token, sparse.code, chunk, self.sample_arena)
+        self.sample_arena = _gathered(start, length, sparse, chunk, self.sample_arena)
         return DocumentRows(*(column[:n].copy() for column in rows))
 
 
@@ -292,35 +298,12 @@ def _copy_slot(top: Top, f: int, source: int, target: int) -> None:
 
 
 @jit
-def _offer(top: Top, f: int) -> None:
-    """Let the candidate in the last slot take its place among the top, if it has one."""
-    k = top.code.shape[1] - 1
-    n, size = top.n[f], magnitude(top.code[f, k])
-    if n == k and size <= magnitude(top.code[f, k - 1]):
-        return
-    for j in range(n):
-        if top.key[f, j, 0] == top.key[f, k, 0] and top.key[f, j, 1] == top.key[f, k, 1]:
-            if size <= magnitude(top.code[f, j]):
-                return
-            for i in range(j, n - 1):
-                _copy_slot(top, f, i + 1, i)
-            n -= 1
-            break
-    j = min(n, k - 1)
-    while j > 0 and magnitude(top.code[f, j - 1]) < size:
-        _copy_slot(top, f, j - 1, j)
-        j -= 1
-    _copy_slot(top, f, k, j)
-    top.n[f] = min(n + 1, k)
-
-
-@jit
 def _highest(codes: np.ndarray) -> int:
     """The highest absolute value, as a code; 0 of none."""
     highest = np.uint16(0)
-    for code in codes:
-        highest = max(highest, magnitude(code))
-    return np.int64(highest)
+    for i in range(len(codes)):  # a loop over the codes themselves is not vectorised
+        highest = max(highest, magnitude(codes[i]))
+    return int(highest)
 
 
 @jit
@@ -355,22 +338,23 @@ def _count_values(
             counts.histogram[f, bins[magnitude(value)]] += np.uint32(1)
 
 
-@jit
+@inlined
 def _squares(codes: np.ndarray, floor: int) -> tuple[np.int64, np.uint64]:
+    """The sum of squares as (high, low) words."""
     total, small = np.int64(0), np.int64(0)
-    for code in codes:
-        value = np.int64(code)
+    for i in range(len(codes)):
+        value = np.int64(codes[i])
         above = ((value >> 7) & 0xFF) - floor
         mantissa = (value & 0x7F) | 0x80
-        inside = np.int64(above >= 0)
+        inside = np.int64(above >= 0)  # no branch, to be vectorised
         total += (mantissa * mantissa * inside) << (2 * above * inside)
         small += 1 - inside
     high, low = shifted(np.uint64(total), 2 * (floor - 134) + SQUARE_BITS)
     if small > 0:
         for code in codes:
             if (np.int64(code) >> 7) & 0xFF < floor:
-                mantissa, power = parts(code)
-                more_high, more_low = shifted(mantissa * mantissa, 2 * power + SQUARE_BITS)
+                size, power = parts(code)
+                more_high, more_low = shifted(size * size, 2 * power + SQUARE_BITS)
                 high, low = add(high, low, more_high, more_low)
     return high, low
 
@@ -379,8 +363,8 @@ def _squares(codes: np.ndarray, floor: int) -> tuple[np.int64, np.uint64]:
 def _wide(total: int, shift: int) -> tuple[np.int64, np.uint64]:
     """total * 2^shift as (high, low) 64-bit words, for a signed total and 0 < shift < 128."""
     if shift < 64:
-        return total >> np.int64(64 - shift), np.uint64(total) << np.uint64(shift)
-    return total << np.int64(shift - 64), np.uint64(0)
+        return np.int64(total >> (64 - shift)), np.uint64(total) << np.uint64(shift)
+    return np.int64(total << (shift - 64)), np.uint64(0)
 
 
 @jit
@@ -402,10 +386,13 @@ def _span(
 @jit
 def _count_documents(
     indptr: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, begins: np.ndarray,
-    floors: np.ndarray, counts: Counts, top: Top, opened: Open, rows: DocumentRows, groups: Groups,
+    floors: np.ndarray, counts: Counts, opened: Open, open_code: np.ndarray, rows: DocumentRows,
+    best_rows: np.ndarray, tail_rows: np.ndarray, groups: Groups,
 ) -> int:  # fmt: skip
-    """Go through rows by document and context: what is left of the counts, top candidates, document rows."""
-    last = top.code.shape[1] - 1
+    """Go through rows by document and context: what is left of the counts, document rows, maxima's rows.
+
+    A document's maximum may be of an earlier chunk, as `open_code` has it; its row is then -1.
+    """
     out, group = 0, 0
     for f in range(len(indptr) - 1):
         row, end, floor = indptr[f], indptr[f + 1], floors[f]
@@ -420,7 +407,7 @@ def _count_documents(
             best = np.uint16(0)  # as rank_of has it; every activation's is higher
             if pending:
                 n, high, low = np.int64(opened.tokens[f]), opened.high[f], opened.low[f]
-                best = rank_of(top.code[f, last])
+                best = rank_of(open_code[f])
                 opened.tokens[f] = 0
                 pending = False
             best_row, total = np.int64(-1), np.int64(0)  # total: signed, in units of the floor
@@ -431,9 +418,8 @@ def _count_documents(
                     value = np.int64(code[row])
                     above = ((value >> 7) & 0xFF) - floor
                     if above >= 0:
-                        size = ((value & 0x7F) | 0x80) << above
-                        sign = -(value >> 15)
-                        total += (size ^ sign) - sign
+                        signed = ((value & 0x7F) | 0x80) << above
+                        total += -signed if value >> 15 else signed
                     else:
                         mantissa, power = parts(code[row])
                         more_high, more_low = shifted(mantissa, power + SUM_BITS)
@@ -453,15 +439,12 @@ def _count_documents(
                 if row < end:
                     context = chunk.context[token[row]] - chunk.first
             if total != 0:
-                more_high, more_low = _wide(total, floor - 134 + SUM_BITS)
+                more_high, more_low = _wide(int(total), floor - 134 + SUM_BITS)
                 high, low = add(high, low, more_high, more_low)
-            if best_row >= 0:
-                _propose(top, f, code_of(best), token[best_row], best_row, chunk)
             if document == chunk.tail_document:
                 opened.tokens[f], opened.high[f], opened.low[f] = n, high, low
+                tail_rows[f] = best_row
                 break
-            _offer(top, f)
-            top.length[f, last] = 0
             counts.tokens[f] += n
             counts.documents[f] += 1
             counts.sum_high[f], counts.sum_low[f] = add(counts.sum_high[f], counts.sum_low[f], high, low)
@@ -470,35 +453,57 @@ def _count_documents(
             rows.feature[out], rows.document[out] = f, document
             rows.tokens[out], rows.max[out] = n, code_of(best)
             rows.high[out], rows.low[out] = high, low
+            best_rows[out] = best_row
             out += 1
         groups.indptr[f + 1] = group
     return out
 
 
 @jit
-def _place_top(indptr: np.ndarray, token: np.ndarray, chunk: Chunk, begins: np.ndarray, top: Top) -> None:
-    """Find the windows of new candidates: first row and -length for their best row and -1."""
-    width, slots = top.code.shape
+def _enter(
+    indptr: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, begins: np.ndarray,
+    feature: np.ndarray, best_rows: np.ndarray, tail_rows: np.ndarray, top: Top,
+) -> None:  # fmt: skip
+    """Offer the maxima of documents to the top; windows of new candidates are first row and -length."""
+    width, k = top.code.shape[0], top.code.shape[1] - 1
+    i = 0
     for f in range(width):
-        top.length[f, top.n[f] : slots - 1] = 0
-        for j in range(slots):
+        closed = True
+        while closed:
+            closed = i < len(feature) and feature[i] == f
+            row = best_rows[i] if closed else tail_rows[f]
+            i += closed
+            if row >= 0:
+                top.code[f, k] = code[row]
+                top.length[f, k] = 0
+            n, size = top.n[f], magnitude(top.code[f, k])
+            # What is not above the k-th never will be, for that only rises: needs no ending, no window.
+            enters = n < k or size > magnitude(top.code[f, k - 1])
+            if enters and row >= 0:
+                context, position = chunk.context[token[row]], chunk.position[token[row]]
+                one, two = _ending(chunk.tokens, chunk.offset[context - chunk.first], position)
+                _set_slot(top, f, k, code[row], context, position, one, two, row, -1)
+            if enters and closed:
+                # It takes the place of the candidate of equal ending, if there is one, else of the last.
+                hole = 0
+                while hole < n and (
+                    top.key[f, hole, 0] != top.key[f, k, 0] or top.key[f, hole, 1] != top.key[f, k, 1]
+                ):
+                    hole += 1
+                if hole == n or size > magnitude(top.code[f, hole]):
+                    if hole == n:
+                        top.n[f] = min(n + 1, k)
+                        hole = min(n, k - 1)
+                    while hole > 0 and magnitude(top.code[f, hole - 1]) < size:
+                        _copy_slot(top, f, hole - 1, hole)
+                        hole -= 1
+                    _copy_slot(top, f, k, hole)
+            if closed:
+                top.length[f, k] = 0
+        for j in range(k + 1):
             if top.length[f, j] < 0:
                 lo, hi = _span(token, chunk, begins, indptr[f], indptr[f + 1], top.start[f, j])
                 top.start[f, j], top.length[f, j] = lo, lo - hi
-
-
-@jit
-def _propose(top: Top, f: int, code: np.uint16, t: int, row: int, chunk: Chunk) -> None:
-    """Put a document's best so far, the activation of token `t` and of `row`, into the last slot."""
-    k = top.code.shape[1] - 1
-    if top.n[f] == k and magnitude(code) <= magnitude(top.code[f, k - 1]):
-        # It will never enter, for the k-th only rises: neither ending nor window is needed.
-        top.code[f, k] = code
-        top.length[f, k] = 0
-        return
-    context, position = chunk.context[t], chunk.position[t]
-    one, two = _ending(chunk.tokens, chunk.offset[context - chunk.first], position)
-    _set_slot(top, f, k, code, context, position, one, two, row, -1)
 
 
 class _Strata(NamedTuple):
@@ -529,19 +534,6 @@ def _no_strata(k: int) -> _Strata:
 
 
 @jit
-def _open_stratum(s: int, stratum: np.ndarray, hash: np.ndarray, a: int, end: int, strata: _Strata) -> None:
-    """Start a feature's stratum of index `s`; its old samples are of rows [a, end)."""
-    k, wanted = strata.hash.shape[1], s - 133
-    while a < end and stratum[a] < wanted:
-        a += k if a + k <= end and stratum[a + k - 1] < wanted else 1
-    strata.home[s] = a if a < end and stratum[a] == wanted else -1
-    strata.n[s] = 0
-    strata.full[s] = a + k <= end and stratum[a + k - 1] == wanted
-    if strata.full[s]:
-        strata.limit[s] = hash[a + k - 1]
-
-
-@jit
 def _draw(
     indptr: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, begins: np.ndarray, groups: Groups,
     seed: np.uint64, strata: _Strata, old: Samples, fresh: Samples,
@@ -560,7 +552,14 @@ def _draw(
             s = exponent(code[row]) + 133
             hash = _mix(chunk.place[chunk.context[token[row]] - chunk.first] ^ salt)
             if strata.population[s] == 0:
-                _open_stratum(s, old.stratum, old.hash, old.indptr[f], old.indptr[f + 1], strata)
+                a, end = old.indptr[f], old.indptr[f + 1]
+                while a < end and old.stratum[a] < s - 133:
+                    a += k if a + k <= end and old.stratum[a + k - 1] < s - 133 else 1
+                strata.home[s] = a if a < end and old.stratum[a] == s - 133 else -1
+                strata.full[s] = a + k <= end and old.stratum[a + k - 1] == s - 133
+                if strata.full[s]:
+                    strata.limit[s] = old.hash[a + k - 1]
+                strata.n[s] = 0
                 lowest, highest = min(lowest, s), max(highest, s)
             strata.population[s] += 1
             if strata.full[s] and hash >= strata.limit[s]:
@@ -666,33 +665,55 @@ def _merge(old: Samples, fresh: Samples, k: int, new: Samples) -> int:
 
 
 @jit
-def _gathered(
-    start: np.ndarray, length: np.ndarray, token: np.ndarray, code: np.ndarray, chunk: Chunk, arena: Arena
-) -> Arena:
-    """The arena with windows still among a chunk's rows added; they have their first row and -length.
-
-    Windows stay where they are until room runs out; then those still referred to move to a new arena.
-    """
-    live, more = np.int64(0), np.int64(0)
+def _sizes(length: np.ndarray) -> tuple[int, int]:
+    """Activations in windows that are in an arena, and in those that are to come."""
+    live, more = 0, 0
     for n in length:
         live += max(n, 0)
         more -= min(n, 0)
-    position, value, at = arena.position, arena.code, arena.used
-    if at + more > len(position):
-        room = (live + more) + (live + more) // 4
-        position, value, at = np.empty(room, np.int32), np.empty(room, np.uint16), 0
-        for e in range(len(length)):
-            first = start[e]
-            if length[e] > 0:
-                start[e] = at
-            for i in range(first, first + length[e]):
-                position[at], value[at] = arena.position[i], arena.code[i]
-                at += 1
+    return live, more
+
+
+@jit
+def _move(start: np.ndarray, length: np.ndarray, old: Arena, new: Arena) -> int:
+    """Copy the windows of an arena to another one; returns how much of that is used."""
+    at = 0
+    for e in range(len(length)):
+        if length[e] > 0:
+            first, start[e] = start[e], at
+            for i in range(length[e]):
+                new.position[at + i] = old.position[first + i]
+                new.code[at + i] = old.code[first + i]
+            at += length[e]
+    return at
+
+
+@jit
+def _append(
+    start: np.ndarray, length: np.ndarray, token: np.ndarray, code: np.ndarray, position: np.ndarray,
+    arena: Arena,
+) -> int:  # fmt: skip
+    """Copy windows of rows to the end of an arena's used part; returns its new end."""
+    at = arena.used
     for e in range(len(length)):
         if length[e] < 0:
             first, length[e] = start[e], -length[e]
             start[e] = at
-            for row in range(first, first + length[e]):
-                position[at], value[at] = chunk.position[token[row]], code[row]
-                at += 1
-    return Arena(position, value, at)
+            for i in range(length[e]):
+                arena.position[at + i] = position[token[first + i]]
+                arena.code[at + i] = code[first + i]
+            at += length[e]
+    return at
+
+
+def _gathered(start: np.ndarray, length: np.ndarray, sparse: Sparse, chunk: Chunk, arena: Arena) -> Arena:
+    """The arena with windows still among a chunk's rows added; they have their first row and -length.
+
+    Windows stay where they are until room runs out; then those still referred to move to a new arena.
+    """
+    live, more = _sizes(length)
+    if arena.used + more > len(arena.position):
+        room = (live + more) * 3 // 2  # memory that is not written to yet costs nothing
+        new = Arena(np.empty(room, np.int32), np.empty(room, np.uint16), 0)
+        arena = new._replace(used=_move(start, length, arena, new))
+    return arena._replace(used=_append(start, length, sparse.token, sparse.code, chunk.position, arena))

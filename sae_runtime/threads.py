@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -29,15 +29,21 @@ class Threads:
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, initializer=_alone) if threads > 1 else None
 
-    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """Results in order; the first error is raised when all have ended."""
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Results in order, each as soon as it and those before it are there.
+
+        The first error is raised when all pieces have ended.
+        """
         items = list(items)
         if self._pool is None or len(items) < 2:
-            return [work(item) for item in items]
+            yield from (work(item) for item in items)
+            return
         futures = [self._pool.submit(work, item) for item in items]
-        for future in futures:
-            future.exception()
-        return [future.result() for future in futures]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            wait(futures)
 
     def close(self) -> None:
         """End the threads."""
