@@ -8,6 +8,7 @@ that `--help` and reading commands start fast.
 from __future__ import annotations
 
 import signal
+import threading
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -64,15 +65,23 @@ def scan(
     """Run, or resume, the scan of SPEC. A finished scan again is a no-op."""
     from jobs.progress import ScanProgress
     from jobs.specfile import load_spec
-    from pipelines.scan import ScanOptions, run_scan
+    from pipelines.executors.base import Event
+    from pipelines.scan import ScanOptions, Started, run_scan
 
     if executor == "inline" and (address or (workers or 1) > 1):
         raise InputError("--executor inline: runs in this process alone; drop --address and --workers")
-    _stop_on_signals()
+    stopped = _stop_on_signals()
     loaded, text = load_spec(spec, index)
     options = ScanOptions(executor, address, workers, allow_removal)
     with ScanProgress() as progress:
-        outcome = run_scan(loaded, text, options, progress, message)
+
+        def observe(event: Started | Event) -> None:
+            # An interrupt that a library's callback swallowed is raised again at the next event.
+            if stopped.is_set():
+                raise KeyboardInterrupt
+            progress(event)
+
+        outcome = run_scan(loaded, text, options, observe, message)
     if not outcome.items:
         message(f"nothing to scan: every unit of the corpus is committed (run {outcome.run}, {loaded.index})")
         return
@@ -288,15 +297,23 @@ def _write_parquet(result: Any, output: str) -> None:
     message(f"{count(table.num_rows, 'row')} -> {output}")
 
 
-def _stop_on_signals() -> None:
-    """SIGTERM, and a terminal that closes, stop a scan as Ctrl-C does; committed units stay."""
+def _stop_on_signals() -> threading.Event:
+    """SIGTERM, and a terminal that closes, stop a scan as Ctrl-C does; committed units stay.
+
+    The event is set from then on.
+    """
+    stopped = threading.Event()
 
     def stop(number: int, frame: object) -> None:
+        stopped.set()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
         signal.signal(signal.SIGHUP, stop)
+    return stopped
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from compare import Ours, different, fixture, same
+from against import Ours, different, fixture, same
 
 pytestmark = pytest.mark.peers
 sizes = pytest.mark.parametrize("sizes", ["model", "square"])

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from compare import SIZES, Ours, different, fixture, same
+from against import SIZES, Ours, different, fixture, same
 
 from sae_runtime.formats.base import options
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import SIZES, Ours, different, fixture, same
+from against import SIZES, Ours, different, fixture, same
 
 pytestmark = pytest.mark.peers
 sizes = pytest.mark.parametrize("sizes", SIZES)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from compare import SIZES, different, fixture, inputs, same
+from against import SIZES, different, fixture, inputs, same
 from published import saelens as native
 from saelens_hub import SaeLens
 from safetensors.torch import load_file
