@@ -8,8 +8,8 @@ that `--help` and reading commands start fast.
 from __future__ import annotations
 
 import signal
-import threading
 import sys
+import threading
 from dataclasses import asdict
 from typing import Any
 
