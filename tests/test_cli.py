@@ -360,7 +360,14 @@ def test_a_stopped_scan_says_so_and_goes_on(
         "from jobs.cli import main; main()"
     )
     command = [sys.executable, "-c", code, "scan", str(spec), "--executor", "inline"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what it puts in the background, such as these tests, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         commits = tmp_path / "index" / "commits"
         deadline = time.monotonic() + 90
         while not (commits.is_dir() and len(list(commits.glob("*.json"))) >= 2):
