@@ -1,8 +1,8 @@
 """A unit's files written by a thread of their own, while the next activations are computed.
 
 Invariant: rows are written in the order in which they were handed over, so the files are the same as
-without a thread. `flushed` is called before the next chunk's rows are made,
-so those of two chunks are the most that are held.
+without a thread. `flushed` is called before the next chunk's rows are made, so the rows of two chunks are
+the most that are held.
 """
 
 from __future__ import annotations

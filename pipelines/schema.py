@@ -20,7 +20,7 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-FORMAT = 1
+FORMAT = 2
 LOCAL_BITS = 20
 LOCAL_MAX = 1 << LOCAL_BITS
 WINDOW = 64  # positions on either side of a maximum; sae_runtime/summaries.py gathers as many

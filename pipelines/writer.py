@@ -47,7 +47,6 @@ _ENCODINGS = {
     "top_contexts": _WINDOW,
     "sampled_contexts": _WINDOW,
 }
-_BATCH = 1 << 20
 
 
 class UnitWriter:

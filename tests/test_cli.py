@@ -438,11 +438,13 @@ def test_no_index_is_one_line(tmp_path: Path, corpuscope: Any, reader: list[str]
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("hello")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "index.json").write_text('{"format": 1}')
+    (tmp_path / "other" / "index.json").write_text('{"format": 2}')
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "index.json").write_text('{"format": 1}')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "index.json").write_text("{")
     command, *rest = reader
-    for where in ("gone", "empty", "file", "other", "broken", "foo://x"):
+    for where in ("gone", "empty", "file", "other", "old", "broken", "foo://x"):
         place = where if "://" in where else tmp_path / where
         done = corpuscope(command, place, *rest)
         assert (done.code, done.out) == (2, ""), where
