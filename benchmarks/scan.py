@@ -29,8 +29,11 @@ from pipelines.corpus import read_documents
 from pipelines.ledger import Commit, Ledger
 from pipelines.planning import Planned, Prepared, plan_units, prepare
 from pipelines.storage import Store
-from pipelines.unit import BATCH_TOKENS, Scanner, Setup, Work
+from pipelines.unit import Scanner, Setup, Work
 from sae_runtime import suites
+from sae_runtime.model import LanguageModel
+
+FLOOR_BATCH = 4096  # tokens: of 512 to 4,096 what transformers' own forward pass is fastest with
 
 
 def floor_batches(scanner: Scanner, prepared: Prepared, planned: Planned, units: int) -> list[torch.Tensor]:
@@ -45,7 +48,7 @@ def floor_batches(scanner: Scanner, prepared: Prepared, planned: Planned, units:
             for ids in tokenize(scanner.tokenizer, texts)
             for window in contexts(strip_bos(ids, scanner.rule), scanner.rule)
         ]
-        for members in batches([len(w) for w in windows], BATCH_TOKENS[prepared.device]):
+        for members in batches([len(w) for w in windows], FLOOR_BATCH):
             ids = torch.zeros(len(members), max(len(windows[m]) for m in members), dtype=torch.int64)
             for row, m in enumerate(members):
                 ids[row, : len(windows[m])] = torch.from_numpy(windows[m])
@@ -54,10 +57,10 @@ def floor_batches(scanner: Scanner, prepared: Prepared, planned: Planned, units:
 
 
 @torch.inference_mode()
-def floor(scanner: Scanner, weights: list[torch.Tensor], work: list[torch.Tensor]) -> None:
+def floor(scanner: Scanner, model: LanguageModel, weights: list[torch.Tensor], work: list[torch.Tensor]) -> None:
     """One pass over the floor's work."""
     for ids in work:
-        activations = scanner.model.run(ids)
+        activations = model.run(ids)
         for info, weight in zip(scanner.infos, weights, strict=True):
             activations[info.site].flatten(0, 1).bfloat16() @ weight
 
@@ -78,11 +81,12 @@ def main(spec: str, repeat: int, units: int, profile: bool) -> None:
         scanner.load(0)
         weights = [suites.load(info).W_enc.bfloat16() for info in scanner.infos]
         work = floor_batches(scanner, prepared, planned, units)
-        floor(scanner, weights, work[:1])
+        model = LanguageModel(prepared.source, list(scanner.reads), loaded.model.dtype, fused=False)
+        floor(scanner, model, weights, work[:1])
         seconds: dict[str, list[float]] = {"floor": [], "scan": []}
         for turn in range(repeat + 1):
             began = time.perf_counter()
-            floor(scanner, weights, work)
+            floor(scanner, model, weights, work)
             middle = time.perf_counter()
             commits = scan(scanner, planned, units, f"{folder}/{turn}")
             if turn:  # the first round compiles and warms up

@@ -21,6 +21,7 @@ from sae_runtime.errors import DataError
 from sae_runtime.model import LanguageModel
 from sae_runtime.sites import Site
 from sae_runtime.summaries import Chunk, place_hash
+from sae_runtime.threads import Threads
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,13 @@ def capture(
     budget: int,
     limit: float | None,
     sampled: Mapping[Site, np.ndarray],
+    threads: Threads,
 ) -> dict[Site, Captured]:
     """Activations of the chunk's counted tokens at every site, less those over `limit` (`norm_above`).
 
     Of the sites in `sampled` only those tokens (int64, ascending, numbers of the chunk's counted tokens).
-    `budget` is the most padded tokens of a batch. Raises DataError naming site and document row for an
-    activation that is not finite.
+    `budget` is the most padded tokens of a batch; batches go side by side in `threads`. Raises DataError
+    naming site and document row for an activation that is not finite.
     """
     dtype = next(model.module.parameters()).dtype
     total = len(chunk.context)
@@ -106,28 +108,32 @@ def capture(
         if site not in sampled
     }
     starts = np.searchsorted(chunk.context, np.arange(len(part) + 1) + chunk.first)
-    for members in batches([len(p.context.tokens) for p in part], budget):
+
+    @torch.inference_mode()
+    def run(members: list[int]) -> bool:
+        """Enter a batch in `found` and `loud`; whether its activations are finite."""
         ids, counted, real = _padded([part[m].context for m in members])
         target = np.concatenate([np.arange(starts[m], starts[m + 1]) for m in members])
-        mask = torch.from_numpy(counted).to(model.device)
+        source = np.flatnonzero(counted)
+        finite = [torch.ones((), dtype=torch.bool, device=model.device)]
         for site, x in model.run(torch.from_numpy(ids)).items():
+            to, of = target, source
             if site in sampled:
-                # Which of the batch's counted tokens are wanted, and where they go.
-                place = np.searchsorted(sampled[site], target)
-                there = np.flatnonzero(np.isin(target, sampled[site]))
-                found[site][place[there]] = x[mask][there]
-                continue
-            found[site][target] = x[mask]
-            if limit is not None:
-                loud[site][target] = norm_above(x, torch.from_numpy(real).to(x.device), limit)[mask]
-    for site, x in found.items():
-        if not torch.isfinite(x).all():
-            token = int(wanted[site][int(torch.nonzero(~torch.isfinite(x).all(dim=1))[0])])
-            row = part[int(chunk.context[token]) - chunk.first].document.row
-            raise DataError(
-                f"row {row}: activations at {model.taps[site].path} are not finite in {dtype}; "
-                "try `dtype: bfloat16` or `float32`"
-            )
+                there = np.isin(target, sampled[site])
+                to, of = np.searchsorted(sampled[site], target[there]), source[there]
+            elif limit is not None:
+                over = norm_above(x, torch.from_numpy(real).to(x.device), limit).flatten()
+                loud[site][_on(target, x)] = over[_on(source, x)]
+            values = x.flatten(0, 1)[_on(of, x)]
+            found[site].index_copy_(0, _on(to, x), values)
+            # NaN goes through the least and the greatest, with no temporary of the size of `values`.
+            if len(values):
+                finite.append(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+        return bool(torch.stack(finite).all())
+
+    lengths = [len(p.context.tokens) for p in part]
+    if not all(list(threads.map(run, batches(lengths, budget)))):
+        raise _not_finite(found, wanted, model, part, chunk)
     if limit is None:
         return {site: Captured(x, wanted[site]) for site, x in found.items()}
     kept = {site: ~loud[site] for site in loud}
@@ -137,6 +143,31 @@ def capture(
         else Captured(x, wanted[site])
         for site, x in found.items()
     }
+
+
+def _on(index: np.ndarray, x: torch.Tensor) -> torch.Tensor:
+    """An index for `x`, on its device."""
+    return torch.from_numpy(index).to(x.device)
+
+
+def _not_finite(
+    found: Mapping[Site, torch.Tensor],
+    wanted: Mapping[Site, np.ndarray],
+    model: LanguageModel,
+    part: Sequence[Placed],
+    chunk: Chunk,
+) -> DataError:
+    """The error that names the first site, and its first document, with a number that is not finite."""
+    for site, x in found.items():
+        bad = torch.nonzero(~torch.isfinite(x).all(dim=1))
+        if len(bad):
+            token = int(wanted[site][int(bad[0])])
+            row = part[int(chunk.context[token]) - chunk.first].document.row
+            return DataError(
+                f"row {row}: activations at {model.taps[site].path} are not finite in {x.dtype}; "
+                "try `dtype: bfloat16` or `float32`"
+            )
+    raise AssertionError("a batch had a number that is not finite")
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

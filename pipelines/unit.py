@@ -53,7 +53,7 @@ from sae_runtime.sites import Site
 from sae_runtime.summaries import Chunk
 from sae_runtime.threads import Threads, keep_freed_memory
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 CHUNK_TOKENS = {"cpu": 16384, "cuda": 131072}
 SEGMENT_ROWS = 1 << 24  # rows of activations and document_features held before they are sorted and written
 SAMPLE_EVERY = 64  # counted tokens between those that the reconstruction error is measured on
@@ -302,7 +302,7 @@ class _UnitScan:
         sampled = numbers[(numbers + self.encoded) % SAMPLE_EVERY == 0]
         only_targets = dict.fromkeys(self.s.targets - self.s.reads, sampled)
         limit = self.s.setup.spec.context.norm_above
-        found = capture(self.s.model, part, chunk, batch_tokens, limit, only_targets)
+        found = capture(self.s.model, part, chunk, batch_tokens, limit, only_targets, self.s.threads)
         x = {site: Captured(self.s.model.taps[site].finish(at.x), at.token) for site, at in found.items()}
         pairs: dict[tuple[Site, Site | None], tuple[torch.Tensor, torch.Tensor]] = {}
         for (site, out), moments in self.moments.items():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sae_runtime.jit import inlined, jit
+from sae_runtime.jit import bits_of_float, float_of_bits, inlined, jit
 
 SUM_BITS = 64
 SQUARE_BITS = 56
@@ -45,6 +45,18 @@ def round_code(bits: np.uint32) -> np.uint16:
     """The bfloat16 code nearest (ties to even) to the float32 of `bits`."""
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+@inlined
+def rounded(value: np.float32) -> np.uint16:
+    """The code nearest (ties to even) to a float32 that is not NaN."""
+    return round_code(bits_of_float(value))
+
+
+@inlined
+def value_of(code: np.uint16) -> np.float32:
+    """The float32 of a code."""
+    return float_of_bits(np.uint32(code) << np.uint32(16))
 
 
 @inlined

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numba
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 
 from sae_runtime.cache import cache_dir
 
-_SOURCES = ("bfloat.py", "encode.py", "screen.py", "summaries.py", "topk.py")
+_SOURCES = ("bfloat.py", "encode.py", "fused.py", "screen.py", "summaries.py", "topk.py")
 
 
 def _code_dir() -> Path:
@@ -30,3 +34,15 @@ jit = numba.njit(cache=True, nogil=True)
 inlined = numba.njit(cache=True, inline="always")
 # Sums whose order the compiler may choose: one order for one machine, and any is float32's.
 summed = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+
+
+@intrinsic
+def float_of_bits(context: Any, bits: Any) -> Any:
+    """The float32 of a uint32's bits."""
+    return types.float32(types.uint32), lambda _, build, sig, args: build.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def bits_of_float(context: Any, value: Any) -> Any:
+    """The bits of a float32 as uint32."""
+    return types.uint32(types.float32), lambda _, build, sig, args: build.bitcast(args[0], ir.IntType(32))

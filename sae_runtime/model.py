@@ -15,8 +15,10 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch import nn
 from sae_runtime.cache import cache_dir
 from sae_runtime.errors import InputError, one_line
 from sae_runtime.families import WRAPPERS, Tap, decoder_layers, family, resolve
+from sae_runtime.fused import fuse
 from sae_runtime.sites import Site
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -148,11 +151,16 @@ class LanguageModel:
 
     `run(ids)` takes token ids int64 [contexts, length] and yields, per site, what its tap captures:
     [contexts, length, width] in the model's dtype, on the model's device. `taps[site].finish` makes the
-    site's activation of it.
+    site's activation of it. On a CPU several threads may run batches at once; `fused` is for measuring.
     """
 
     def __init__(
-        self, source: ModelSource, sites: Sequence[Site], dtype: str = "bfloat16", device: str = "cpu"
+        self,
+        source: ModelSource,
+        sites: Sequence[Site],
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        fused: bool = True,
     ) -> None:
         """Load `source` up to the last layer of `sites`; InputError if a site is not there."""
         self.device = torch.device(device)
@@ -160,12 +168,15 @@ class LanguageModel:
         self.module.to(self.device).eval()
         prefix = _prefix(source)
         self.taps: dict[Site, Tap] = {site: resolve(self.module, site, prefix) for site in sites}
+        if fused:
+            fuse(self.module, [tap.module for tap in self.taps.values()])
+        self._capture = Capture(self.taps.values())
         self.attention = str(self.module.config._attn_implementation)
 
     @torch.inference_mode()
     def run(self, ids: torch.Tensor) -> dict[Site, torch.Tensor]:
         """Activations of every tapped site for `ids` [contexts, length], right padded."""
-        with captured(self.taps.values()) as activations:
+        with self._capture.into() as activations:
             self.module(input_ids=ids.to(self.device), use_cache=False)
         for site, tap in self.taps.items():
             if site not in activations:
@@ -173,45 +184,46 @@ class LanguageModel:
         return activations
 
 
-@contextlib.contextmanager
-def captured(taps: Iterable[Tap]) -> Iterator[dict[Site, torch.Tensor]]:
-    """Hooks for the duration of a `with`: the dict fills as the model runs.
+class Capture:
+    """Hooks on a model that keep what its sites have, for each thread the runs of its own.
 
     Sites that share a module's side share one tensor.
     """
-    found: dict[Site, torch.Tensor] = {}
-    places: dict[tuple[nn.Module, str], list[Tap]] = {}
-    for tap in taps:
-        places.setdefault((tap.module, tap.side), []).append(tap)
-    handles = []
-    for (module, side), there in places.items():
-        # `always_call` is not wanted: an error in the model must surface as itself.
-        if side == "input":
-            handles.append(module.register_forward_pre_hook(_input_hook(found, there), with_kwargs=True))
-        else:
-            handles.append(module.register_forward_hook(_output_hook(found, there)))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
+    def __init__(self, taps: Iterable[Tap]) -> None:
+        self._here = threading.local()
+        places: dict[tuple[nn.Module, str], list[Tap]] = {}
+        for tap in taps:
+            places.setdefault((tap.module, tap.side), []).append(tap)
+        for (module, side), there in places.items():
+            # `always_call` is not wanted: an error in the model must surface as itself.
+            if side == "input":
+                module.register_forward_pre_hook(partial(self._input, there), with_kwargs=True)
+            else:
+                module.register_forward_hook(partial(self._output, there))
 
-def _input_hook(found: dict[Site, torch.Tensor], taps: Sequence[Tap]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen = args[0] if args else kwargs["hidden_states"]  # the families differ in how they call attention
-        found.update((tap.site, tap.take(seen)) for tap in taps)
+    @contextlib.contextmanager
+    def into(self) -> Iterator[dict[Site, torch.Tensor]]:
+        """A dict that fills as this thread runs the model."""
+        found: dict[Site, torch.Tensor] = {}
+        self._here.found = found
+        try:
+            yield found
+        finally:
+            del self._here.found
 
-    return hook
+    def _input(
+        self, taps: Sequence[Tap], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._take(taps, args[0] if args else kwargs["hidden_states"])  # families differ in calling attention
 
-
-def _output_hook(found: dict[Site, torch.Tensor], taps: Sequence[Tap]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _output(self, taps: Sequence[Tap], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # Attention gives a tuple, as do some mixtures of experts, and decoder layers before transformers 5.
-        seen = output[0] if isinstance(output, tuple) else output
-        found.update((tap.site, tap.take(seen)) for tap in taps)
+        self._take(taps, output[0] if isinstance(output, tuple) else output)
 
-    return hook
+    def _take(self, taps: Sequence[Tap], seen: torch.Tensor) -> None:
+        if hasattr(self._here, "found"):
+            self._here.found.update((tap.site, tap.take(seen)) for tap in taps)
 
 
 def _prefix(source: ModelSource) -> str | None:
