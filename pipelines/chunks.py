@@ -51,11 +51,28 @@ class Captured:
 
     def in_chunk(self, sparse: Sparse) -> Sparse:
         """Rows that number the tokens of `x`, renumbered as the chunk's counted tokens."""
+        if not len(self.token) or self.token[-1] + 1 == len(self.token):  # none is left out before the last
+            return sparse
         return Sparse(sparse.indptr, self.token[sparse.token].astype(np.int32), sparse.code)
 
     def at(self, tokens: np.ndarray) -> torch.Tensor:
         """Rows of `x` of some of its tokens (int64, ascending, all of them there): [len(tokens), d]."""
         return self.x[np.searchsorted(self.token, tokens)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Activations that are reconstructed, of some counted tokens of a chunk, and what is to come out."""
+
+    tokens: np.ndarray  # int64, ascending, numbers of the chunk's counted tokens
+    x: torch.Tensor  # [len(tokens), d_in]
+    target: torch.Tensor  # [len(tokens), d_out]
+
+    def slots(self, counted: int) -> np.ndarray:
+        """int32 [counted]: each token's place in the sample, or -1."""
+        slots = np.full(counted, -1, np.int32)
+        slots[self.tokens] = np.arange(len(self.tokens))
+        return slots
 
 
 def chunk_tables(part: list[Placed], before: int, after: int, unit: Unit) -> Chunk:

@@ -6,14 +6,13 @@ Invariant: an SAE touches its own state alone, so SAEs of a chunk are taken side
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from pipelines.chunks import Captured
+from pipelines.chunks import Captured, Sample
 from pipelines.partials import SampledDocuments
 from pipelines.schema import key
 from pipelines.writer import UnitWriter, sae_column
 from sae_runtime.bfloat import SUM_BITS, fixed_to_float, to_float
-from sae_runtime.encode import Encoder, Sparse, merge
+from sae_runtime.encode import Encoder, Sparse, merge, of_tokens
 from sae_runtime.sae import SaeInfo
 from sae_runtime.summaries import Chunk, DocumentRows, Summary
 
@@ -34,13 +33,14 @@ class SaeUnit:
         x: Captured,
         chunk: Chunk,
         keys: np.ndarray,
-        pair: tuple[torch.Tensor, torch.Tensor] | None,
+        sample: Sample | None,
         sampled: SampledDocuments,
     ) -> None:
-        """Take in a chunk. `keys` int64 [counted tokens]; `pair` is sampled activations and their target."""
+        """Take in a chunk. `keys` int64 [counted tokens]; no `sample` where nothing is reconstructed."""
         sparse = x.in_chunk(self.encoder.encode(x.x))
-        if pair is not None:
-            self.error += self.encoder.squared_error(*pair)
+        if sample is not None:
+            rows = of_tokens(sparse, sample.slots(len(keys)))
+            self.error += self.encoder.squared_error(sample.x, rows, sample.target)
         ended = self.summary.update(sparse, chunk)
         if self.info.keep != "none":
             self._documents.append(ended)

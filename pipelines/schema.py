@@ -65,7 +65,12 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("place_hash", pa.uint64()),  # of its place in the corpus; samples are drawn by it
         ]
     ),
-    "activations": pa.schema([_SAE, _FEATURE, ("token", pa.int64()), ("activation", pa.float32())]),
+    "activations": pa.schema(  # never NULL, which saves a seventh of the writing
+        [
+            field.with_nullable(False)
+            for field in (_SAE, _FEATURE, pa.field("token", pa.int64()), pa.field("activation", pa.float32()))
+        ]
+    ),
     "document_features": pa.schema(
         [
             _SAE,

@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 
 from pipelines.background import BackgroundWriter
-from pipelines.chunks import Captured, Placed, PlacedDocument, capture, chunk_tables
+from pipelines.chunks import Captured, Placed, PlacedDocument, Sample, capture, chunk_tables
 from pipelines.contexts import (
     Context,
     ContextRule,
@@ -276,8 +276,8 @@ class _UnitScan:
         keys = chunk.context.astype(np.int64) * self.s.rule.length + chunk.position
 
         def take(sae: SaeUnit) -> SaeUnit:
-            pair = samples.get((sae.info.site, sae.info.out))
-            sae.take(x[sae.info.site], chunk, keys, pair, self.sampled)
+            sample = samples.get((sae.info.site, sae.info.out))
+            sae.take(x[sae.info.site], chunk, keys, sample, self.sampled)
             return sae
 
         # Rows of a full segment, and all of them at the end, are written while the other SAEs go on.
@@ -287,6 +287,8 @@ class _UnitScan:
             if last or sae.held >= full:
                 rows = partial(sae.release().write, ordinal=self.work.unit.ordinal, length=self.s.rule.length)
                 self.writer.submit(rows)
+            if last:
+                self._submit_summary(sae)
         self.encoded += len(chunk.context)
         self._write_contexts(part, chunk)
         self.tokens += sum(len(p.context.tokens) for p in part)
@@ -295,7 +297,7 @@ class _UnitScan:
 
     def _capture(
         self, part: list[Placed], chunk: Chunk, batch_tokens: int
-    ) -> tuple[dict[Site, Captured], dict[tuple[Site, Site | None], tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> tuple[dict[Site, Captured], dict[tuple[Site, Site | None], Sample]]:
         """Activations at the sites that SAEs read; and for each pair of a site read and one reconstructed
         those of every 64th counted token, whose moments are taken in."""
         numbers = np.arange(len(chunk.context))
@@ -304,15 +306,16 @@ class _UnitScan:
         limit = self.s.setup.spec.context.norm_above
         found = capture(self.s.model, part, chunk, batch_tokens, limit, only_targets, self.s.threads)
         x = {site: Captured(self.s.model.taps[site].finish(at.x), at.token) for site, at in found.items()}
-        pairs: dict[tuple[Site, Site | None], tuple[torch.Tensor, torch.Tensor]] = {}
+        samples: dict[tuple[Site, Site | None], Sample] = {}
         for (site, out), moments in self.moments.items():
             counted = np.intersect1d(x[site].token, sampled, assume_unique=True)
             if out is not None:
-                pairs[site, out] = x[site].at(counted), x[out].at(counted)
-                moments.add(pairs[site, out][1], len(x[site].x))
+                sample = Sample(counted, x[site].at(counted), x[out].at(counted))
+                samples[site, out] = sample
+                moments.add(sample.target, len(x[site].x))
             else:
                 moments.counted += len(x[site].x)
-        return {site: x[site] for site in self.s.reads}, pairs
+        return {site: x[site] for site in self.s.reads}, samples
 
     def measured(self) -> tuple[Measured, ...]:
         """L0 and FVU of each SAE over the unit."""
@@ -355,27 +358,32 @@ class _UnitScan:
         self.writer.write(kind, dict(zip(schema.names, columns, strict=True)))
 
     def _finish(self) -> None:
-        """Have written what is known at the unit's end: documents, and the summaries of every SAE."""
-        ordinal = self.work.unit.ordinal
+        """Have written what is known at the unit's end."""
         if not self.work.group:
             self._write_rows("documents", self.document_columns)
             self._write_rows("segments", self.segment_columns)
-        for sae in self.saes:
-            self.writer.submit(partial(write_summary, info=sae.info, summary=sae.summary, ordinal=ordinal))
-            moments = self.moments[sae.info.site, sae.info.out]
-            self.writer.write(
-                "saes",
-                {
-                    "sae": [sae.info.id],
-                    "unit": [ordinal],
-                    "n_tokens": [moments.counted],
-                    "n_active": [int(sae.summary.counts.tokens.sum())],
-                    "sample_tokens": [moments.tokens],
-                    "sample_sum": [moments.sum.tolist()],
-                    "sample_squares": [moments.squares],
-                    "sample_error": [sae.error],
-                },
-            )
+        if not self.contexts:  # there was no last chunk
+            for sae in self.saes:
+                self._submit_summary(sae)
+
+    def _submit_summary(self, sae: SaeUnit) -> None:
+        """Have written what the unit says of an SAE."""
+        ordinal = self.work.unit.ordinal
+        self.writer.submit(partial(write_summary, info=sae.info, summary=sae.summary, ordinal=ordinal))
+        moments = self.moments[sae.info.site, sae.info.out]
+        self.writer.write(
+            "saes",
+            {
+                "sae": [sae.info.id],
+                "unit": [ordinal],
+                "n_tokens": [moments.counted],
+                "n_active": [int(sae.summary.counts.tokens.sum())],
+                "sample_tokens": [moments.tokens],
+                "sample_sum": [moments.sum.tolist()],
+                "sample_squares": [moments.squares],
+                "sample_error": [sae.error],
+            },
+        )
 
 
 def device_name(device: str) -> str:

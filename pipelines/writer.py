@@ -124,7 +124,8 @@ def _options(kind: str, schema: pa.Schema) -> dict[str, Any]:
     plain = {path.split(".")[0] for path in encodings}
     return {
         "compression": "zstd",
-        "compression_level": 3,
+        "compression_level": 1,  # 3 takes 7 % longer for 0.3 % less
+        "write_statistics": [f.name for f in schema if (kind, f.name) != ("activations", "activation")],
         "store_schema": False,
         "use_dictionary": [f.name for f in schema if f.name not in plain and not pa.types.is_nested(f.type)],
         "column_encoding": encodings or None,

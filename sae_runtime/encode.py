@@ -19,13 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from sae_runtime import reference
-from sae_runtime.bfloat import round_code
+from sae_runtime.bfloat import rounded, to_float
 from sae_runtime.jit import jit
 from sae_runtime.sae import Input, SaeWeights
 from sae_runtime.screen import Screen
@@ -149,28 +151,34 @@ class Encoder:
         return self._ranked_loops(x) if self.loops else self._ranked_torch(x)
 
     @torch.inference_mode()
-    def squared_error(self, x: torch.Tensor, target: torch.Tensor | None = None) -> float:
-        """Sum over tokens of |target - decode(encode(x), x)|^2, for a sample `x` [tokens, d_in].
+    def squared_error(self, x: torch.Tensor, active: Sparse, target: torch.Tensor | None = None) -> float:
+        """Sum over tokens of |target - decode(active, x)|^2, for a sample `x` [tokens, d_in].
 
+        `active` is what `encode(x)` gives, its activations rounded to bfloat16 like those in an index.
         `target` [tokens, d_out] is what the decoder was trained to give: `x` unless it is a transcoder.
-        Needs `has_decoder`. Activations are those before rounding to bfloat16.
+        Needs `has_decoder`.
         """
+        assert self.sae.W_dec is not None
         target = x if target is None else target
-        total = 0.0
-        for tokens, pre in self._whole_tokens(x):
-            y = reference.decode(self._dense(pre), x[tokens], self.sae)
-            total += float((target[tokens].float() - y).double().square().sum())
-        return total
+        order = np.argsort(active.token, kind="stable")
+        feature = np.repeat(np.arange(self.width), np.diff(active.indptr))[order]
+        ends = np.searchsorted(active.token[order], np.arange(len(x)))
+        value = to_float(active.code[order])
+        feature_, starts, value_ = (torch.from_numpy(a).to(self.device) for a in (feature, ends, value))
+        product = functional.embedding_bag(
+            feature_, self.sae.W_dec, starts, mode="sum", per_sample_weights=value_
+        )
+        y = reference.restored(product, x, self.sae)
+        return float((target.float() - y).double().square().sum())
 
     def _screened(self, x: torch.Tensor, screen: Screen, cut: Cut) -> Sparse:
-        z = reference.inputs(x, self.sae)
         # What the model produced in bfloat16 and nothing has changed since loses nothing on the way there.
         exact = x.dtype == torch.bfloat16 and self.sae.b_pre is None and self.sae.input == Input()
         none = np.zeros(0, np.float32)
         gain = none if cut.gain is None else cut.gain.numpy()
         shift = none if cut.shift is None else cut.shift.numpy()
         blocks = []
-        for count, token, code in screen.over(z, exact, gain, shift):
+        for count, token, code in screen.over(x, exact, partial(reference.inputs, sae=self.sae), gain, shift):
             indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
             blocks.append(Sparse(indptr, token, code))
         return merge(blocks, self.width)
@@ -229,18 +237,6 @@ class Encoder:
         assert self.sae.k is not None
         return chosen(pre, self.sae.select_scale, self.sae.k, self.sae.rule)
 
-    def _dense(self, pre: torch.Tensor) -> torch.Tensor:
-        """Activations [tokens, width] before rounding, from the products; those in `encode`, no others."""
-        if self.cut is not None:
-            return torch.where(pre > self.cut.floor, self.cut.values(pre), 0.0)
-        if not self.loops:
-            return torch.where(self._chosen(pre), pre, 0.0)
-        count, feature, _ = self._picks(pre)
-        at = torch.from_numpy(np.repeat(np.arange(len(count)), count)), torch.from_numpy(feature).long()
-        f = torch.zeros_like(pre)
-        f[at] = pre[at]
-        return f
-
 
 def kernels_of(sae: SaeWeights, cut: Cut | None) -> Kernels:
     """The kernels of an SAE and its cut, all on one device."""
@@ -293,7 +289,6 @@ def _compact(
     pre: np.ndarray, floor: np.ndarray, gain: np.ndarray, shift: np.ndarray, offset: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     features, tokens = pre.shape
-    bits = pre.view(np.uint32)
     indptr = np.zeros(features + 1, np.int64)
     for f in range(features):
         count = 0
@@ -313,7 +308,7 @@ def _compact(
                 if len(gain):
                     pre[f, t] = pre[f, t] * gain[f] + shift[f]
                 token[row] = offset + t
-                code[row] = round_code(bits[f, t])
+                code[row] = rounded(pre[f, t])
                 row += 1
     return indptr, token, code
 
@@ -325,6 +320,32 @@ def _stack(parts: list[Sparse]) -> Sparse:
     counts = np.concatenate([np.diff(part.indptr) for part in parts])
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     return Sparse(indptr, np.concatenate([p.token for p in parts]), np.concatenate([p.code for p in parts]))
+
+
+def of_tokens(sparse: Sparse, slot: np.ndarray) -> Sparse:
+    """The rows of tokens with a `slot` (int32 [tokens], -1 for none), which is their token then.
+
+    Slots ascend with the tokens.
+    """
+    return Sparse(*_of_tokens(sparse.indptr, sparse.token, sparse.code, slot))
+
+
+@jit
+def _of_tokens(
+    indptr: np.ndarray, token: np.ndarray, code: np.ndarray, slot: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    wanted = 0
+    for row in range(len(token)):
+        wanted += slot[token[row]] >= 0
+    bounds, tokens = np.zeros(len(indptr), np.int64), np.empty(wanted + 1, np.int32)
+    codes = np.empty(wanted + 1, np.uint16)  # one more, that every row can be written before it is decided
+    n = 0
+    for f in range(len(indptr) - 1):
+        for row in range(indptr[f], indptr[f + 1]):
+            tokens[n], codes[n] = slot[token[row]], code[row]
+            n += slot[token[row]] >= 0
+        bounds[f + 1] = n
+    return bounds, tokens[:wanted], codes[:wanted]
 
 
 def merge(blocks: list[Sparse], width: int) -> Sparse:

@@ -13,6 +13,7 @@ Trade-off, measured (SmolLM2, 2 cores with AMX, 16 contexts of 256): the forward
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Collection
 from typing import Any
@@ -55,10 +56,12 @@ def fuse(model: nn.Module, needed: Collection[nn.Module] = ()) -> int:
 
 
 def _norm(module: nn.Module, needed: Collection[nn.Module]) -> _Forward | None:
-    """RMSNorm: weight * (x * r) with the inner product rounded (Llama), or (1 + weight) times it (Gemma)."""
+    """RMSNorm: x * r times weight (rounded before, as Llama's, or not, as gpt-oss's) or 1 + weight (Gemma's)."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
     if type(eps) is not float or weight is None or weight.dim() != 1 or not _is_bfloat(weight):
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:
         return None
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_ROWS, len(weight), generator=generator)
@@ -67,13 +70,13 @@ def _norm(module: nn.Module, needed: Collection[nn.Module]) -> _Forward | None:
     x = x.bfloat16()
     plain = weight.float().numpy()
     wanted = module(x)
-    for gain, early in ((plain, False), (np.float32(1) + plain, True)):
+    for gain, whole in ((plain, False), (plain, True), (np.float32(1) + plain, True)):
 
-        def forward(x: torch.Tensor, gain: np.ndarray = gain, early: bool = early) -> torch.Tensor:
+        def forward(x: torch.Tensor, gain: np.ndarray = gain, whole: bool = whole) -> torch.Tensor:
             if not _is_bfloat(x):
                 return type(module).forward(module, x)
             out = torch.empty(x.shape, dtype=x.dtype)
-            _norm_rows(_codes(x), gain, np.float32(eps), early, _codes(out))
+            _norm_rows(_codes(x), gain, np.float32(eps), whole, _codes(out))
             return out
 
         if _same(forward(x), wanted):
@@ -93,9 +96,11 @@ def _gated(module: nn.Module, needed: Collection[nn.Module]) -> _Forward | None:
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     table = act(every).view(torch.int16).numpy().view(np.uint16)
 
+    held = gate in needed  # its output must stay as it is
+
     def forward(x: torch.Tensor) -> torch.Tensor:
-        inner, factor = gate(x), up(x)  # left as they are: a site may hold them
-        product = torch.empty_like(inner)
+        inner, factor = gate(x), up(x)
+        product = torch.empty_like(inner) if held else inner
         _look_up_and_multiply(_codes(inner), _codes(factor), table, _codes(product))
         return down(product)
 
@@ -120,7 +125,11 @@ def _rotating(module: nn.Module) -> Callable[..., Any] | None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, 3, heads, 16, generator=generator).bfloat16().transpose(1, 2) for heads in (4, 2))
     cos, sin = (torch.randn(2, 3, 16, generator=generator).bfloat16() for _ in range(2))
-    if not all(map(_same, rotary(q, k, cos, sin), theirs(q, k, cos, sin))):
+    try:
+        wanted = theirs(q, k, cos, sin)
+    except RuntimeError:  # angles of another shape, as gpt-oss has them
+        return None
+    if not all(map(_same, rotary(q, k, cos, sin), wanted)):
         return None
     ours = types.FunctionType(
         forward.__code__, {**forward.__globals__, name: rotary}, forward.__name__, forward.__defaults__,
@@ -159,7 +168,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @jit
-def _norm_rows(x: np.ndarray, gain: np.ndarray, eps: np.float32, early: bool, out: np.ndarray) -> None:
+def _norm_rows(x: np.ndarray, gain: np.ndarray, eps: np.float32, whole: bool, out: np.ndarray) -> None:
     d = x.shape[1]
     value = np.empty(d, np.float32)
     sums = np.empty((2, 4 * _LANES), np.float32)
@@ -167,7 +176,7 @@ def _norm_rows(x: np.ndarray, gain: np.ndarray, eps: np.float32, early: bool, ou
         for i in range(d):
             value[i] = value_of(x[row, i])
         r = np.float32(1) / np.sqrt(_squares(value, sums[0], sums[1]) / np.float32(d) + eps)
-        if early:
+        if whole:
             for i in range(d):
                 out[row, i] = rounded(value[i] * r * gain[i])
         else:

@@ -46,3 +46,11 @@ def float_of_bits(context: Any, bits: Any) -> Any:
 def bits_of_float(context: Any, value: Any) -> Any:
     """The bits of a float32 as uint32."""
     return types.uint32(types.float32), lambda _, build, sig, args: build.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def lowest_bit(context: Any, word: Any) -> Any:
+    """The number of the lowest set bit of a uint64 that is not zero."""
+    return types.int64(types.uint64), lambda _, build, sig, args: build.cttz(
+        args[0], ir.Constant(ir.IntType(1), 1)
+    )

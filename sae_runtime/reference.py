@@ -58,8 +58,13 @@ def decode(f: torch.Tensor, x: torch.Tensor, sae: SaeWeights) -> torch.Tensor:
     An SAE's is brought back to the space of `x` (`restore`); a transcoder's is as it was trained.
     """
     assert sae.W_dec is not None
+    return restored(f @ sae.W_dec, x, sae)
+
+
+def restored(product: torch.Tensor, x: torch.Tensor, sae: SaeWeights) -> torch.Tensor:
+    """The reconstruction from what the decoder's rows add up to, float32 [tokens, d_out]."""
     assert sae.b_dec is not None
-    y = f @ sae.W_dec + sae.b_dec
+    y = product + sae.b_dec
     if sae.W_skip is not None:
         y = y + normalised(x, sae.input) @ sae.W_skip  # without b_pre, as sparsify has it
     if not sae.restore:

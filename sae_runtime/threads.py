@@ -20,7 +20,8 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # mallopt's names for them (malloc.h)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # mallopt's names for them (malloc.h)
+_HEAP, _PAGE, _MADV_HUGEPAGE = (1 << 30) - (1 << 20), 4096, 14
 
 
 class Threads:
@@ -52,14 +53,22 @@ class Threads:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, up to a few GB, where it is glibc."""
+    """Have the C library keep what is freed, up to a few GB, in one heap of huge pages, where it is glibc."""
     if not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt: slower, not wrong
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
-        mallopt(_TOP_PAD, 1 << 26)
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, 1 << 30)
+        library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+        library.mallopt(_ARENA_MAX, 1)
+        library.malloc.restype = ctypes.c_void_p
+        heap = library.malloc(ctypes.c_size_t(_HEAP))
+        if heap:  # address space only; a page is taken when it is first written
+            start = -(-heap // _PAGE) * _PAGE
+            library.madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(heap + _HEAP - start), _MADV_HUGEPAGE
+            )
+            library.free(ctypes.c_void_p(heap))
 
 
 def _alone() -> None:

@@ -188,11 +188,12 @@ def test_squared_error_is_the_formula(kind: type[Encoder]) -> None:
     W_dec, b_dec = rng.integers(-3, 4, (20, 6)), rng.integers(-3, 4, 6)
     sae = weights(W, b, threshold)
     sae = replace(sae, W_dec=torch.from_numpy(W_dec).float(), b_dec=torch.from_numpy(b_dec).float())
-    y = formula(x, W, b, threshold) @ W_dec + b_dec
+    y = bfloat16(formula(x, W, b, threshold)) @ W_dec + b_dec
     encoder = kind(sae, torch.device("cpu"))
     assert encoder.has_decoder
-    assert encoder.squared_error(torch.from_numpy(x)) == ((x - y) ** 2).sum()
+    active = encoder.encode(torch.from_numpy(x))
+    assert encoder.squared_error(torch.from_numpy(x), active) == ((x - y) ** 2).sum()
     target = rng.integers(-9, 10, x.shape)
-    found = encoder.squared_error(torch.from_numpy(x), torch.from_numpy(target).bfloat16())
+    found = encoder.squared_error(torch.from_numpy(x), active, torch.from_numpy(target).bfloat16())
     assert found == ((target - y) ** 2).sum()
     assert not kind(replace(sae, W_dec=None, b_dec=None), torch.device("cpu")).has_decoder

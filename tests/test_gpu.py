@@ -119,8 +119,9 @@ def test_the_reconstruction_on_a_gpu(rule: str, norm: str) -> None:
     case.tensors["W_dec"] = rng.integers(-3, 4, (36, d)).astype(np.float64)
     case.tensors["b_dec"] = rng.integers(-3, 4, d).astype(np.float64)
     sae = case.weights(input=how)
-    wanted = Encoder(sae, torch.device("cpu")).squared_error(case.inputs())
-    found = Encoder(sae, torch.device("cuda")).squared_error(case.inputs().cuda())
+    cpu, cuda = Encoder(sae, torch.device("cpu")), Encoder(sae, torch.device("cuda"))
+    wanted = cpu.squared_error(case.inputs(), cpu.encode(case.inputs()))
+    found = cuda.squared_error(case.inputs().cuda(), cuda.encode(case.inputs().cuda()))
     # A last bit of a norm decides between equal ranks, so a few tokens may differ.
     assert found == pytest.approx(wanted, rel=1e-5 if norm == "none" else 0.05)
 

@@ -369,14 +369,14 @@ def test_squared_error(kind: type[Encoder], rule: str, name: str, transcoder: bo
     f = formula(replace(case, x=z))
     if name == "layer_norm":
         f = reference.encode(case.inputs(), sae).double().numpy()
-    y = f @ W_dec + b_dec
+    y = reference.stored(torch.from_numpy(f)).double().numpy() @ W_dec + b_dec
     target = rng.integers(-9, 10, (40, n)).astype(np.float64) if transcoder else case.x
     y = y + z @ W_skip if transcoder else restored(y, case.x, how)
     with pytest.MonkeyPatch.context() as patch:
         small_blocks(patch, 7, 5)
         encoder = kind(sae, CPU)
         given_target = torch.from_numpy(target) if transcoder else None
-        found = encoder.squared_error(case.inputs(), given_target)
+        found = encoder.squared_error(case.inputs(), encoder.encode(case.inputs()), given_target)
     assert found == pytest.approx(((target - y) ** 2).sum(), rel=1e-5)
 
 
