@@ -1,8 +1,8 @@
-"""A unit's files written by a thread of their own, while the next activations are computed.
+"""A unit's files written by threads of their own, while the next activations are computed.
 
-Invariant: rows are written in the order in which they were handed over, so the files are the same as
-without a thread. `flushed` is called before the next chunk's rows are made, so the rows of two chunks are
-the most that are held.
+Invariant: what goes to one lane is written in the order in which it was handed over, and a kind of file is
+written in one lane only, so the files are the same as without threads. `flushed` is called before the next
+chunk's rows are made, so the rows of two chunks are the most that are held.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ Write = Callable[[UnitWriter], None]
 
 
 class BackgroundWriter:
-    """Hands work to a `UnitWriter`, one piece after the other, in a thread."""
+    """Hands work to a `UnitWriter` in two lanes, a thread each: of token and document rows, and of the rest."""
 
     def __init__(self, writer: UnitWriter) -> None:
         self.writer = writer
-        self._pool = ThreadPoolExecutor(1)
+        self._rows, self._rest = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._waiting: list[Future[None]] = []
 
+    def submit_rows(self, write: Write) -> None:
+        """Have `write(writer)` called after all rows that were submitted before."""
+        self._waiting.append(self._rows.submit(write, self.writer))
+
     def submit(self, write: Write) -> None:
-        """Have `write(writer)` called after all that was submitted before."""
-        self._waiting.append(self._pool.submit(write, self.writer))
+        """Have `write(writer)`, which writes no rows, called after all such that were submitted before."""
+        self._waiting.append(self._rest.submit(write, self.writer))
 
     def write(self, kind: str, columns: dict[str, Any]) -> None:
-        """`UnitWriter.write`, later."""
+        """`UnitWriter.write` of a kind that has no rows of tokens or documents, later."""
         self.submit(lambda writer: writer.write(kind, columns))
 
     def flushed(self) -> None:
@@ -42,10 +46,12 @@ class BackgroundWriter:
     def close(self) -> dict[str, DataFileRecord]:
         """Finish every file."""
         self.flushed()
-        self._pool.shutdown()
+        for pool in (self._rows, self._rest):
+            pool.shutdown()
         return self.writer.close()
 
     def abandon(self) -> None:
         """Drop what has not been written and close without a record."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._rows, self._rest):
+            pool.shutdown(wait=True, cancel_futures=True)
         self.writer.abandon()

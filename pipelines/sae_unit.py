@@ -12,7 +12,7 @@ from pipelines.partials import SampledDocuments
 from pipelines.schema import key
 from pipelines.writer import UnitWriter, sae_column
 from sae_runtime.bfloat import SUM_BITS, fixed_to_float, to_float
-from sae_runtime.encode import Encoder, Sparse, merge, of_tokens
+from sae_runtime.encode import Encoder, Sparse, columns, of_tokens
 from sae_runtime.sae import SaeInfo
 from sae_runtime.summaries import Chunk, DocumentRows, Summary
 
@@ -25,7 +25,7 @@ class SaeUnit:
         self.summary = Summary.empty(info.id, info.width, top_k, sample_k)
         self.error = 0.0  # sum of squared errors over the sampled tokens
         self.held = 0  # rows
-        self._blocks: list[Sparse] = []  # tokens are the unit's: local context * length + position
+        self._blocks: list[tuple[Sparse, np.ndarray]] = []  # of chunks, with the keys of their tokens
         self._documents: list[DocumentRows] = []
 
     def take(
@@ -36,7 +36,7 @@ class SaeUnit:
         sample: Sample | None,
         sampled: SampledDocuments,
     ) -> None:
-        """Take in a chunk. `keys` int64 [counted tokens]; no `sample` where nothing is reconstructed."""
+        """Take in a chunk. `keys` int64 [counted tokens] of the index; no `sample` where nothing is reconstructed."""
         sparse = x.in_chunk(self.encoder.encode(x.x))
         if sample is not None:
             rows = of_tokens(sparse, sample.slots(len(keys)))
@@ -47,7 +47,7 @@ class SaeUnit:
             self.held += len(ended.feature)
         kept = sampled.keep(self.number, sparse, chunk)
         if kept is not None:
-            self._blocks.append(Sparse(kept.indptr, keys[kept.token], kept.code))
+            self._blocks.append((kept, keys))
             self.held += kept.rows
 
     def release(self) -> Rows:
@@ -60,26 +60,30 @@ class SaeUnit:
 class Rows:
     """Rows of one SAE that are to be written."""
 
-    def __init__(self, info: SaeInfo, blocks: list[Sparse], documents: list[DocumentRows]) -> None:
+    def __init__(
+        self, info: SaeInfo, blocks: list[tuple[Sparse, np.ndarray]], documents: list[DocumentRows]
+    ) -> None:
         self.info, self.blocks, self.documents = info, blocks, documents
 
-    def write(self, writer: UnitWriter, ordinal: int, length: int) -> None:
-        """Write them, sorted by feature. `length` is the index's context length."""
+    def write(self, writer: UnitWriter, ordinal: int) -> None:
+        """Write them, sorted by feature."""
         if self.blocks:
-            block = merge(self.blocks, self.info.width)
-            columns = {
-                "sae": sae_column(self.info.id, block.rows),
-                "feature": np.repeat(np.arange(self.info.width, dtype=np.int32), np.diff(block.indptr)),
-                "token": block.token + key(ordinal) * length,
-                "activation": to_float(block.code),
-            }
-            writer.write("activations", columns)
+            feature, token, activation = columns(self.blocks, self.info.width)
+            writer.write(
+                "activations",
+                {
+                    "sae": sae_column(self.info.id, len(feature)),
+                    "feature": feature,
+                    "token": token,
+                    "activation": activation,
+                },
+            )
         if not self.documents:
             return
         parts = [np.concatenate(column) for column in zip(*self.documents, strict=True)]
         order = np.argsort(parts[0], kind="stable")
         rows = DocumentRows(*(column[order] for column in parts))
-        columns = {
+        documents = {
             "sae": sae_column(self.info.id, len(order)),
             "feature": rows.feature,
             "document": rows.document.astype(np.int64) + key(ordinal),
@@ -87,4 +91,4 @@ class Rows:
             "max": to_float(rows.max),
             "sum": fixed_to_float(rows.high, rows.low, SUM_BITS),
         }
-        writer.write("document_features", columns)
+        writer.write("document_features", documents)

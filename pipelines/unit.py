@@ -273,7 +273,8 @@ class _UnitScan:
     def _chunk(self, part: list[Placed], before: int, after: int, batch_tokens: int, last: bool) -> None:
         chunk = chunk_tables(part, before, after, self.work.unit)
         x, samples = self._capture(part, chunk, batch_tokens)
-        keys = chunk.context.astype(np.int64) * self.s.rule.length + chunk.position
+        ordinal = self.work.unit.ordinal
+        keys = (chunk.context.astype(np.int64) + key(ordinal)) * self.s.rule.length + chunk.position
 
         def take(sae: SaeUnit) -> SaeUnit:
             sample = samples.get((sae.info.site, sae.info.out))
@@ -285,8 +286,7 @@ class _UnitScan:
         self.writer.flushed()
         for sae in self.s.threads.map(take, self.saes):
             if last or sae.held >= full:
-                rows = partial(sae.release().write, ordinal=self.work.unit.ordinal, length=self.s.rule.length)
-                self.writer.submit(rows)
+                self.writer.submit_rows(partial(sae.release().write, ordinal=ordinal))
             if last:
                 self._submit_summary(sae)
         self.encoded += len(chunk.context)

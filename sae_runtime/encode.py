@@ -17,7 +17,7 @@ product 62 to 70. A GPU takes the kernels of triton_encode.py where they can, ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional
 
 from sae_runtime import reference
-from sae_runtime.bfloat import rounded, to_float
+from sae_runtime.bfloat import rounded, to_float, value_of
 from sae_runtime.jit import jit
 from sae_runtime.sae import Input, SaeWeights
 from sae_runtime.screen import Screen
@@ -46,7 +46,7 @@ class Sparse:
     """Active (feature, token) pairs of one SAE over a run of tokens, sorted by feature, then token."""
 
     indptr: np.ndarray  # int64 [width + 1]: rows of feature f are indptr[f]:indptr[f + 1]
-    token: np.ndarray  # int32 [rows]; int64 where it holds the index's own token keys
+    token: np.ndarray  # int32 [rows]
     code: np.ndarray  # uint16 [rows], bfloat16 codes, not zero; negative ones under a signed rule only
 
     @property
@@ -372,7 +372,45 @@ def _scatter(
     code_out: np.ndarray,
 ) -> None:
     for f in range(len(indptr) - 1):
+        to = at[f]
         for row in range(indptr[f], indptr[f + 1]):
-            token_out[at[f]] = token[row]
-            code_out[at[f]] = code[row]
-            at[f] += 1
+            token_out[to] = token[row]
+            code_out[to] = code[row]
+            to += 1
+        at[f] = to
+
+
+def columns(
+    blocks: Sequence[tuple[Sparse, np.ndarray]], width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """feature int32, token key int64 and activation float32 of blocks of consecutive tokens, by feature.
+
+    With each block the keys of its tokens, int64, ascending.
+    """
+    ends = np.sum([block.indptr for block, _ in blocks], axis=0)
+    feature, key, value = (np.empty(ends[-1], kind) for kind in (np.int32, np.int64, np.float32))
+    at = ends[:-1].copy()
+    for block, keys in blocks:
+        _expand(block.indptr, block.token, block.code, keys, at, feature, key, value)
+    return feature, key, value
+
+
+@jit
+def _expand(
+    indptr: np.ndarray,
+    token: np.ndarray,
+    code: np.ndarray,
+    keys: np.ndarray,
+    at: np.ndarray,
+    feature: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+) -> None:
+    for f in range(len(indptr) - 1):
+        to = at[f]
+        for row in range(indptr[f], indptr[f + 1]):
+            feature[to] = f
+            key[to] = keys[token[row]]
+            value[to] = value_of(code[row])
+            to += 1
+        at[f] = to

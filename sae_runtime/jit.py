@@ -54,3 +54,35 @@ def lowest_bit(context: Any, word: Any) -> Any:
     return types.int64(types.uint64), lambda _, build, sig, args: build.cttz(
         args[0], ir.Constant(ir.IntType(1), 1)
     )
+
+
+@intrinsic
+def over_limit(context: Any, codes: Any, error: Any, start: Any, at: Any, factor: Any, limit: Any) -> Any:
+    """Which of 16 bfloat16 numbers plus errors are over a limit, as the low 16 bits of a uint64.
+
+    value(codes[start + i]) + factor * error[at + i] > limit, for 0 <= i < 16; arrays uint16 and float32 [n].
+    Written as vectors, because comparisons that end in bits are not made so by the compiler.
+    """
+    number = ir.FloatType()
+    wide = ir.VectorType(ir.IntType(32), 16)
+
+    def load(target: Any, build: Any, kind: Any, array: Any, first: Any, element: Any, size: int) -> Any:
+        place = build.gep(target.make_array(kind)(target, build, array).data, [first])
+        vector = build.load(build.bitcast(place, ir.VectorType(element, 16).as_pointer()))
+        vector.align = size
+        return vector
+
+    def all_of(build: Any, value: Any) -> Any:
+        lane = build.insert_element(ir.Constant(ir.VectorType(number, 16), ir.Undefined), value, ir.IntType(32)(0))
+        return build.shuffle_vector(lane, lane, ir.Constant(wide, [0] * 16))
+
+    def generate(target: Any, build: Any, signature: Any, args: Any) -> Any:
+        short = load(target, build, signature.args[0], args[0], args[2], ir.IntType(16), 2)
+        bits = build.shl(build.zext(short, wide), ir.Constant(wide, [16] * 16))
+        value = build.bitcast(bits, ir.VectorType(number, 16))
+        errors = load(target, build, signature.args[1], args[1], args[3], number, 4)
+        most = build.fadd(value, build.fmul(errors, all_of(build, args[4])))
+        over = build.fcmp_ordered(">", most, all_of(build, args[5]))
+        return build.zext(build.bitcast(over, ir.IntType(16)), ir.IntType(64))
+
+    return types.uint64(codes, error, types.int64, types.int64, types.float32, types.float32), generate

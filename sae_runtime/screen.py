@@ -27,10 +27,11 @@ import numpy as np
 import torch
 
 from sae_runtime.bfloat import rounded, value_of
-from sae_runtime.jit import jit, lowest_bit, summed
+from sae_runtime.jit import jit, lowest_bit, over_limit, summed
 
 TOKENS = 512
 FEATURES = 4096
+_LANES = 64  # tokens that are compared at a time; the arrays compared have as many to spare
 
 
 class Screen:
@@ -75,7 +76,9 @@ class Screen:
         then token. An activation is the product, or product * gain + shift where those are not empty.
         """
         found = []
-        room = TOKENS * min(FEATURES, len(self.bias)) + 1
+        room = TOKENS * min(FEATURES, len(self.bias)) + _LANES
+        products = torch.empty(room, dtype=torch.bfloat16)
+        screened = products.view(torch.int16).numpy().view(np.uint16)
         scratch = np.empty(room, np.int32), np.empty(room, np.uint16)
         for start in range(0, len(x), TOKENS):
             block = x[start : start + TOKENS]
@@ -86,7 +89,8 @@ class Screen:
             tokens, codes = [], []
             for first in range(0, len(self.bias), FEATURES):
                 rows = slice(first, first + FEATURES)
-                screened = torch.mm(self.cheap[rows], narrow).view(torch.int16).numpy().view(np.uint16)
+                cheap = self.cheap[rows]
+                torch.mm(cheap, narrow, out=products[: len(cheap) * len(z)].view(len(cheap), len(z)))
                 n = _refine(
                     screened, self._limit[rows], self._slack[exact][rows], error, self.weight[rows], z.numpy(),
                     self.bias[rows], self.floor[rows], gain[rows], shift[rows], start, count[rows], *scratch,
@@ -111,8 +115,11 @@ def _up(values: torch.Tensor) -> np.ndarray:
 
 @summed
 def _token_errors(z: np.ndarray, share: float) -> np.ndarray:
-    """float32 [tokens], not below |z|; or not below share |z| + |z - bf(z)| if `share` is finite."""
-    error = np.empty(len(z), np.float32)
+    """float32 [tokens], not below |z|; or not below share |z| + |z - bf(z)| if `share` is finite.
+
+    As many zeros follow as `_refine` may read past the end.
+    """
+    error = np.zeros(len(z) + _LANES, np.float32)
     for t in range(len(z)):
         whole, lost = 0.0, 0.0
         for i in range(z.shape[1]):
@@ -135,22 +142,26 @@ def _refine(
     gain: np.ndarray, shift: np.ndarray, offset: int, count: np.ndarray,
     token: np.ndarray, code: np.ndarray,
 ) -> int:  # fmt: skip
-    """Rows into `token` and `code`, their number a feature into `count`; gives their number."""
-    features, tokens = screened.shape
-    over = np.zeros((tokens + 7) // 8 * 8, np.uint8)
-    words = over.view(np.uint64)
-    candidate = np.empty(tokens + 8, np.int32)
-    product = np.empty(tokens + 8, np.float32)
+    """Rows into `token` and `code`, their number a feature into `count`; gives their number.
+
+    `screened` begins with the codes of the cheap products [features, tokens].
+    """
+    features, tokens = len(limit), len(z)
+    candidate = np.empty(tokens + 4, np.int32)
+    product = np.empty(tokens + 4, np.float32)
     row = 0
     for f in range(features):
-        least, factor = limit[f], slack[f]
-        for t in range(tokens):
-            over[t] = value_of(screened[f, t]) + factor * error[t] > least
         n = 0
-        for i in range(len(words)):
-            word = words[i]
+        for start in range(0, tokens, _LANES):
+            word = np.uint64(0)
+            for part in range(0, _LANES, 16):
+                at = start + part
+                over = over_limit(screened, error, f * tokens + at, at, slack[f], limit[f])
+                word |= over << np.uint64(part)
+            if tokens - start < _LANES:
+                word &= (np.uint64(1) << np.uint64(tokens - start)) - np.uint64(1)
             while word:
-                candidate[n] = 8 * i + (lowest_bit(word) >> 3)
+                candidate[n] = start + lowest_bit(word)
                 n += 1
                 word &= word - np.uint64(1)
         # The last one fills up the last four, so that every product is summed by the same code.
