@@ -57,7 +57,9 @@ def floor_batches(scanner: Scanner, prepared: Prepared, planned: Planned, units:
 
 
 @torch.inference_mode()
-def floor(scanner: Scanner, model: LanguageModel, weights: list[torch.Tensor], work: list[torch.Tensor]) -> None:
+def floor(
+    scanner: Scanner, model: LanguageModel, weights: list[torch.Tensor], work: list[torch.Tensor]
+) -> None:
     """One pass over the floor's work."""
     for ids in work:
         activations = model.run(ids)

@@ -1,33 +1,51 @@
 """A unit's files written by threads of their own, while the next activations are computed.
 
 Invariant: what goes to one lane is written in the order in which it was handed over, and a kind of file is
-written in one lane only, so the files are the same as without threads. `flushed` is called before the next
-chunk's rows are made, so the rows of two chunks are the most that are held.
+written in one lane only, so the files are the same as without threads. Whoever makes rows waits for `room`
+first, so that few are held and little is left to write when the last are made: 2 % of a unit's time where the
+processors are as many as the threads that make them (2 cores; docs/LOG.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Condition
 from typing import Any
 
 from pipelines.ledger import DataFileRecord
 from pipelines.writer import UnitWriter
 
 Write = Callable[[UnitWriter], None]
+_BEHIND = 2
 
 
 class BackgroundWriter:
-    """Hands work to a `UnitWriter` in two lanes, a thread each: of token and document rows, and of the rest."""
+    """Hands work to a `UnitWriter` in two lanes, a thread each: of token and document rows, of the rest."""
 
     def __init__(self, writer: UnitWriter) -> None:
         self.writer = writer
         self._rows, self._rest = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._waiting: list[Future[None]] = []
+        self._behind, self._changed = 0, Condition()  # rows of so many SAEs are not yet written
 
     def submit_rows(self, write: Write) -> None:
         """Have `write(writer)` called after all rows that were submitted before."""
-        self._waiting.append(self._rows.submit(write, self.writer))
+        future = self._rows.submit(write, self.writer)
+        with self._changed:
+            self._behind += 1
+        future.add_done_callback(self._written)
+        self._waiting.append(future)
+
+    def room(self) -> None:
+        """Wait until rows of at most one SAE wait to be written, besides those that are being written."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._behind <= _BEHIND)
+
+    def _written(self, done: Future[None]) -> None:
+        with self._changed:
+            self._behind -= 1
+            self._changed.notify_all()
 
     def submit(self, write: Write) -> None:
         """Have `write(writer)`, which writes no rows, called after all such that were submitted before."""

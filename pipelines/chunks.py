@@ -142,7 +142,9 @@ def capture(
                 over = norm_above(x, torch.from_numpy(real).to(x.device), limit).flatten()
                 loud[site][_on(target, x)] = over[_on(source, x)]
             values = x.flatten(0, 1).index_select(0, _on(of, x))
-            if len(to) and to[-1] - to[0] + 1 == len(to):  # a slice, as it mostly is, is a quarter of the time
+            if len(to) and to[-1] - to[0] + 1 == len(
+                to
+            ):  # a slice, as it mostly is, is a quarter of the time
                 found[site][to[0] : to[-1] + 1] = values
             else:
                 found[site].index_copy_(0, _on(to, x), values)

@@ -96,8 +96,11 @@ def write_summary(writer: UnitWriter, info: SaeInfo, summary: Summary, ordinal: 
 
 
 def _by_context(run: np.ndarray, context: np.ndarray) -> np.ndarray:
-    """The order by context inside runs; `run` (int64) is ascending, contexts are below 2^LOCAL_BITS."""
-    return np.argsort((run << LOCAL_BITS) + context, kind="stable")
+    """The order by context inside runs; `run` (int64) is ascending, contexts are below 2^LOCAL_BITS.
+
+    A run has a context once.
+    """
+    return np.argsort((run << LOCAL_BITS) + context)
 
 
 def _window(

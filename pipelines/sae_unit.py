@@ -36,7 +36,7 @@ class SaeUnit:
         sample: Sample | None,
         sampled: SampledDocuments,
     ) -> None:
-        """Take in a chunk. `keys` int64 [counted tokens] of the index; no `sample` where nothing is reconstructed."""
+        """Take in a chunk. `keys` int64 [counted tokens] of the index; no `sample` if nothing is decoded."""
         sparse = x.in_chunk(self.encoder.encode(x.x))
         if sample is not None:
             rows = of_tokens(sparse, sample.slots(len(keys)))

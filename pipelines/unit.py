@@ -277,6 +277,7 @@ class _UnitScan:
         keys = (chunk.context.astype(np.int64) + key(ordinal)) * self.s.rule.length + chunk.position
 
         def take(sae: SaeUnit) -> SaeUnit:
+            self.writer.room()
             sample = samples.get((sae.info.site, sae.info.out))
             sae.take(x[sae.info.site], chunk, keys, sample, self.sampled)
             return sae

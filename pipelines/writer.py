@@ -22,6 +22,7 @@ from sae_runtime.errors import DataError
 
 ROWS_PER_GROUP = 1 << 18
 _DELTA, _SPLIT = "DELTA_BINARY_PACKED", "BYTE_STREAM_SPLIT"
+_PRUNED = ("sae", "feature", "token", "document", "context")  # what queries skip row groups by
 _WINDOW = {
     "feature": _DELTA,
     "context": _DELTA,
@@ -32,7 +33,7 @@ _WINDOW = {
 }
 # The smallest of each that was measured; a column that is not named has a dictionary, a list plain values.
 _ENCODINGS = {
-    "activations": {"feature": _DELTA, "token": _DELTA, "activation": _SPLIT},
+    "activations": {"feature": "PLAIN", "token": _DELTA, "activation": _SPLIT},  # runs are left to zstd
     "document_features": {
         "feature": _DELTA,
         "document": _DELTA,
@@ -125,7 +126,7 @@ def _options(kind: str, schema: pa.Schema) -> dict[str, Any]:
     return {
         "compression": "zstd",
         "compression_level": 1,  # 3 takes 7 % longer for 0.3 % less
-        "write_statistics": [f.name for f in schema if (kind, f.name) != ("activations", "activation")],
+        "write_statistics": [f.name for f in schema if f.name in _PRUNED],
         "store_schema": False,
         "use_dictionary": [f.name for f in schema if f.name not in plain and not pa.types.is_nested(f.type)],
         "column_encoding": encodings or None,

@@ -56,7 +56,7 @@ def fuse(model: nn.Module, needed: Collection[nn.Module] = ()) -> int:
 
 
 def _norm(module: nn.Module, needed: Collection[nn.Module]) -> _Forward | None:
-    """RMSNorm: x * r times weight (rounded before, as Llama's, or not, as gpt-oss's) or 1 + weight (Gemma's)."""
+    """RMSNorm: x * r times weight (rounded before: Llama; not: gpt-oss) or times 1 + weight (Gemma)."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
     if type(eps) is not float or weight is None or weight.dim() != 1 or not _is_bfloat(weight):
@@ -86,12 +86,11 @@ def _norm(module: nn.Module, needed: Collection[nn.Module]) -> _Forward | None:
 
 def _gated(module: nn.Module, needed: Collection[nn.Module]) -> _Forward | None:
     """down(act(gate(x)) * up(x)), with the 65,536 values of `act` looked up."""
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
-    gate, up, down, act = parts
-    if not all(isinstance(part, nn.Linear) for part in parts[:3]) or not callable(act) or act in needed:
+    gate, up, down = (getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down"))
+    act = getattr(module, "act_fn", None)
+    if not isinstance(gate, nn.Linear) or not isinstance(up, nn.Linear) or not isinstance(down, nn.Linear):
         return None
-    assert isinstance(gate, nn.Linear)
-    if not _is_bfloat(gate.weight):
+    if not callable(act) or act in needed or not _is_bfloat(gate.weight):
         return None
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     table = act(every).view(torch.int16).numpy().view(np.uint16)
@@ -120,7 +119,9 @@ def _rotating(module: nn.Module) -> Callable[..., Any] | None:
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         plain = not more and not named and all(map(_can_rotate, (q, k), (cos, cos), (sin, sin)))
-        return (_rotate(q, cos, sin), _rotate(k, cos, sin)) if plain else theirs(q, k, cos, sin, *more, **named)
+        return (
+            (_rotate(q, cos, sin), _rotate(k, cos, sin)) if plain else theirs(q, k, cos, sin, *more, **named)
+        )
 
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, 3, heads, 16, generator=generator).bfloat16().transpose(1, 2) for heads in (4, 2))
@@ -140,7 +141,7 @@ def _rotating(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def _can_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether `x` [batch, heads, length, d] lies in memory as [batch, length, heads, d], and the angles fit."""
+    """Whether `x` [batch, heads, length, d] lies in memory as [batch, length, heads, d] and angles fit."""
     there = x.dim() == 4 and cos.dim() == 3 and x.transpose(1, 2).is_contiguous()
     fits = there and cos.shape == sin.shape and cos.shape[1:] == (x.shape[2], x.shape[3])
     return fits and len(cos) in (1, len(x)) and all(map(_is_bfloat, (x, cos, sin))) and x.shape[3] % 2 == 0
@@ -149,8 +150,8 @@ def _can_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     batch, heads, length, d = x.shape
     out = torch.empty(batch, length, heads, d, dtype=x.dtype)
-    angles = (_codes(angle.expand(batch, -1, -1).contiguous()) for angle in (cos, sin))
-    _rotate_rows(_codes(x.transpose(1, 2)), *angles, heads, _codes(out))
+    cosines, sines = (_codes(angle.expand(batch, -1, -1).contiguous()) for angle in (cos, sin))
+    _rotate_rows(_codes(x.transpose(1, 2)), cosines, sines, heads, _codes(out))
     return out.transpose(1, 2)
 
 
@@ -164,7 +165,9 @@ def _codes(x: torch.Tensor) -> np.ndarray:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.view(torch.int16), other.contiguous().view(torch.int16))
+    return one.shape == other.shape and torch.equal(
+        one.view(torch.int16), other.contiguous().view(torch.int16)
+    )
 
 
 @jit
@@ -188,9 +191,9 @@ def _norm_rows(x: np.ndarray, gain: np.ndarray, eps: np.float32, whole: bool, ou
 def _squares(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.float32:
     """The sum of squares in the order of torch's sum over a contiguous row (ATen's SumKernel.cpp).
 
-    Four vectors side by side, added up in groups of 16 and those groups, at widths under 8,192, one
-    after the other; then the vectors that are left over, the four into one, and its lanes after the numbers that fill
-    no vector. `low` and `high` are room for the four vectors' sums.
+    Four vectors side by side, added up in groups of 16 and those groups, at widths under 8,192, one after
+    the other; then the vectors that are left over, the four into one, and its lanes after the numbers that
+    fill no vector. `low` and `high` are room for the four vectors' sums.
     """
     steps = len(value) // _WIDE
     low[:] = 0
@@ -237,9 +240,7 @@ def _mean_squares(x: np.ndarray) -> np.ndarray:
 
 
 @jit
-def _look_up_and_multiply(
-    inner: np.ndarray, factor: np.ndarray, table: np.ndarray, out: np.ndarray
-) -> None:
+def _look_up_and_multiply(inner: np.ndarray, factor: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
     """table[inner] * factor."""
     d = inner.shape[1]
     found = np.empty(d, np.uint16)

@@ -31,24 +31,25 @@ def _code_dir() -> Path:
 numba.config.CACHE_DIR = str(_code_dir())  # type: ignore[attr-defined]  # before anything is decorated
 
 jit = numba.njit(cache=True, nogil=True)
+_intrinsic: Any = intrinsic  # whose first argument callers do not give
 inlined = numba.njit(cache=True, inline="always")
 # Sums whose order the compiler may choose: one order for one machine, and any is float32's.
 summed = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 
 
-@intrinsic
+@_intrinsic
 def float_of_bits(context: Any, bits: Any) -> Any:
     """The float32 of a uint32's bits."""
     return types.float32(types.uint32), lambda _, build, sig, args: build.bitcast(args[0], ir.FloatType())
 
 
-@intrinsic
+@_intrinsic
 def bits_of_float(context: Any, value: Any) -> Any:
     """The bits of a float32 as uint32."""
     return types.uint32(types.float32), lambda _, build, sig, args: build.bitcast(args[0], ir.IntType(32))
 
 
-@intrinsic
+@_intrinsic
 def lowest_bit(context: Any, word: Any) -> Any:
     """The number of the lowest set bit of a uint64 that is not zero."""
     return types.int64(types.uint64), lambda _, build, sig, args: build.cttz(
@@ -56,7 +57,7 @@ def lowest_bit(context: Any, word: Any) -> Any:
     )
 
 
-@intrinsic
+@_intrinsic
 def over_limit(context: Any, codes: Any, error: Any, start: Any, at: Any, factor: Any, limit: Any) -> Any:
     """Which of 16 bfloat16 numbers plus errors are over a limit, as the low 16 bits of a uint64.
 
@@ -73,7 +74,9 @@ def over_limit(context: Any, codes: Any, error: Any, start: Any, at: Any, factor
         return vector
 
     def all_of(build: Any, value: Any) -> Any:
-        lane = build.insert_element(ir.Constant(ir.VectorType(number, 16), ir.Undefined), value, ir.IntType(32)(0))
+        lane = build.insert_element(
+            ir.Constant(ir.VectorType(number, 16), ir.Undefined), value, ir.IntType(32)(0)
+        )
         return build.shuffle_vector(lane, lane, ir.Constant(wide, [0] * 16))
 
     def generate(target: Any, build: Any, signature: Any, args: Any) -> Any:

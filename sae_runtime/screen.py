@@ -11,7 +11,8 @@ The bound, for feature f and token t, of what the roundings to bfloat16 take fro
 by Cauchy and Schwarz, with the float32 sums of both products and the rounding of the screen's output (whose
 relative error acts on numbers near the limit only). Where z is bfloat16 itself, the second term is 0; where
 it is not, the first takes the largest |w - bf(w)| / |w| for all features, so that the bound is still a number
-of the feature times one of the token. Numbers under 2^-126, which AMX takes for 0, are in the terms of 2^-125.
+of the feature times one of the token. Numbers under 2^-126, which AMX takes for 0, are in the terms of
+2^-125.
 
 Trade-off, measured (2 cores with AMX, 2,048 tokens x 4,096 features x d 576, L0 86 to 98, real activations):
 1.13 to 1.2 candidates an active pair; the bfloat16 product takes 3.3 ms, one thread's screening 3.5 and
@@ -72,8 +73,8 @@ class Screen:
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(rows a feature int64 [width], token int32, code uint16) of each block of TOKENS tokens of `x`.
 
-        `inputs(x)` is z, float32 [tokens, d]; `exact` if that is `x` and bfloat16. Rows are sorted by feature,
-        then token. An activation is the product, or product * gain + shift where those are not empty.
+        `inputs(x)` is z, float32 [tokens, d]; `exact` if that is `x` and bfloat16. Rows are sorted by
+        feature, then token. An activation is the product, or product * gain + shift where there is a gain.
         """
         found = []
         room = TOKENS * min(FEATURES, len(self.bias)) + _LANES
@@ -92,14 +93,18 @@ class Screen:
                 cheap = self.cheap[rows]
                 torch.mm(cheap, narrow, out=products[: len(cheap) * len(z)].view(len(cheap), len(z)))
                 n = _refine(
-                    screened, self._limit[rows], self._slack[exact][rows], error, self.weight[rows], z.numpy(),
-                    self.bias[rows], self.floor[rows], gain[rows], shift[rows], start, count[rows], *scratch,
+                    screened, self._limit[rows], self._slack[exact][rows], error,
+                    self.weight[rows], z.numpy(), self.bias[rows], self.floor[rows],
+                    gain[rows], shift[rows], start, count[rows], *scratch,
                 )  # fmt: skip
                 tokens.append(scratch[0][:n].copy())
                 codes.append(scratch[1][:n].copy())
-            one = len(tokens) == 1
-            found.append((count, *((c[0] if one else np.concatenate(c)) for c in (tokens, codes))))
+            found.append((count, _joined(tokens), _joined(codes)))
         return found
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _down(values: torch.Tensor) -> np.ndarray:

@@ -65,9 +65,7 @@ def keep_freed_memory() -> None:
         heap = library.malloc(ctypes.c_size_t(_HEAP))
         if heap:  # address space only; a page is taken when it is first written
             start = -(-heap // _PAGE) * _PAGE
-            library.madvise(
-                ctypes.c_void_p(start), ctypes.c_size_t(heap + _HEAP - start), _MADV_HUGEPAGE
-            )
+            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(heap + _HEAP - start), _MADV_HUGEPAGE)
             library.free(ctypes.c_void_p(heap))
 
 

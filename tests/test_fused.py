@@ -1,4 +1,4 @@
-"""The loops that take the place of a model's elementwise operators give the same bits as those, or stay out."""
+"""The loops in the place of a model's elementwise operators give the same bits as those, or stay out."""
 
 from __future__ import annotations
 

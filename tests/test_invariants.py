@@ -20,8 +20,8 @@ from typing import Any
 import duckdb
 import numpy as np
 import pytest
-import torch
 import tiny
+import torch
 
 import queries
 from pipelines.executors.base import Committed
