@@ -1,6 +1,7 @@
 """The arms of `compare.py`, each in a process of its own: the same contexts, the same SAEs, the same batches.
 
-    floor    the truncated model's forward pass and the dense encode products in bfloat16, keeping nothing
+    floor    transformers' forward pass of the truncated model and the dense encode products in bfloat16,
+             keeping nothing
     scan     Corpuscope's inline scan: token rows, statistics, top and sampled contexts, files, commit
     script   what a careful engineer writes in an afternoon: hooks, float32 encode, torch.nonzero, Parquet
              by pyarrow's defaults, then DuckDB for statistics and the 20 top contexts of every feature
@@ -111,7 +112,7 @@ class Scan:
 
 
 class Floor(Scan):
-    """What no scan can do without; shares the scan's model, SAEs and batches."""
+    """What a scan with transformers' forward pass cannot do without; the scan's SAEs and contexts."""
 
     def __init__(self, world: World) -> None:
         import scan
@@ -121,16 +122,18 @@ class Floor(Scan):
         super().__init__(world)
         self.weights = [suites.load(info).W_enc.bfloat16() for info in self.scanner.infos]
         self.scanner.encoders = []
+        self.model = self.scanner.model = scan.plain_model(self.scanner)
         self.work = {}
         for part, (prepared, planned) in self.parts.items():
-            self.work[part] = scan.floor_batches(self.scanner, prepared, planned, len(planned.units))
+            units, budget = len(planned.units), world.batch * world.length
+            self.work[part] = scan.floor_batches(self.scanner, prepared, planned, units, budget)
             if not np.array_equal(torch.cat(self.work[part]).numpy(), world.contexts(part)):
                 raise AssertionError(f"{world.spec(part)}: the scan's contexts are not the other arms'")
 
     def run(self, part: str, folder: Path) -> Answer:
         import scan
 
-        scan.floor(self.scanner, self.weights, self.work[part])
+        scan.floor(self.scanner, self.model, self.weights, self.work[part])
         return {}
 
     def measure(self, folder: Path) -> Answer:

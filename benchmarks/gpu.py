@@ -11,7 +11,7 @@ ones. `encode_share` is the encoders' useful products (2 x d x width a token) ov
 one large bfloat16 product; the split of float32 weights into parts makes encoders do `products` times as
 many. Encoding is measured with its rows on the host, as the scan wants them.
 
-    python benchmarks/gpu.py [--tokens 131072] [--repeat 3] [--device cuda] [--small]
+    python benchmarks/gpu.py [--tokens 131072] [--repeat 3] [--device cuda] [--attention sdpa] [--small]
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ from pipelines.storage import Store
 from pipelines.unit import BATCH_TOKENS, Setup, Work
 from sae_runtime import suites
 from sae_runtime.encode import Encoder
-from sae_runtime.model import LanguageModel, load_tokenizer, locate, site_paths
+from sae_runtime.model import LanguageModel, load_tokenizer, locate, site_paths, text_config
+from sae_runtime.packing import PACKED, check_attention, positions
 from sae_runtime.sae import SaeInfo, SaeWeights
 from sae_runtime.sites import Site
 
@@ -242,8 +243,15 @@ def product_rate(size: int, repeat: int, device: torch.device) -> float:
 def encoding(
     model: LanguageModel, encoders: list[tuple[SaeInfo, Encoder]], ids: torch.Tensor, repeat: int
 ) -> dict[str, float]:
-    """Seconds of the model alone, of it with every SAE, and of the SAEs alone; rows."""
+    """Seconds of the model alone, of it with every SAE, and of the SAEs alone; rows.
+
+    Of a model that packs, `ids` are the contexts of one row.
+    """
     rows = 0
+    inputs = [ids]
+    if model.packs:
+        at = positions([ids.shape[1]] * len(ids), ids.numel())
+        inputs = [ids.reshape(1, -1), torch.from_numpy(at)[None]]
 
     def encode(found: dict[Site, torch.Tensor]) -> None:
         nonlocal rows
@@ -252,23 +260,29 @@ def encoding(
             x = model.taps[info.site].finish(found[info.site].flatten(0, 1))
             rows += encoder.encode(x).rows
 
-    held = model.run(ids)
+    held = model.run(*inputs)
     return {
-        "model": median(lambda: model.run(ids), repeat, model.device),
-        "model_and_encode": median(lambda: encode(model.run(ids)), repeat, model.device),
+        "model": median(lambda: model.run(*inputs), repeat, model.device),
+        "model_and_encode": median(lambda: encode(model.run(*inputs)), repeat, model.device),
         "encode": median(lambda: encode(held), repeat, model.device),
         "rows": rows,
     }
 
 
 def prepare(
-    folder: Path, corpus: str, device: str, shape: Shape, infos: tuple[SaeInfo, ...], paths: dict[Site, str]
+    folder: Path,
+    corpus: str,
+    device: str,
+    attention: str,
+    shape: Shape,
+    infos: tuple[SaeInfo, ...],
+    paths: dict[Site, str],
 ) -> Prepared:
     """What `planning.prepare` makes of a spec, for SAEs that are in no file."""
     spec = ScanSpec.model_validate(
         {
             "corpus": {"uri": str(folder / f"{corpus}.jsonl")},
-            "model": {"uri": str(folder / "model"), "device": device},
+            "model": {"uri": str(folder / "model"), "device": device, "attention": attention},
             "saes": {"uri": "made in memory"},
             "context": {"length": shape.context},
             "index": str(folder / f"index of {corpus}"),
@@ -315,7 +329,9 @@ def scan(prepared: Prepared, saes: Saes) -> tuple[float, list[Commit]]:
     return time.perf_counter() - began, commits
 
 
-def measure(shape: Shape, folder: Path, device: str, tokens: int, repeat: int) -> dict[str, Any]:
+def measure(
+    shape: Shape, folder: Path, device: str, tokens: int, repeat: int, attention: str = "sdpa"
+) -> dict[str, Any]:
     """Build everything in `folder` and measure."""
     at = torch.device(device)
     rate = product_rate(shape.product, 9, at)
@@ -324,7 +340,8 @@ def measure(shape: Shape, folder: Path, device: str, tokens: int, repeat: int) -
     infos = sae_infos(shape)
     sites = [info.site for info in infos]
     source = locate(str(folder / "model"))
-    model = LanguageModel(source, sites, "bfloat16", device)
+    check_attention(text_config(source), attention, "bfloat16", device, shape.context)
+    model = LanguageModel(source, sites, "bfloat16", device, attention=attention)
     saes = Saes(shape, model, infos)
     batch = min(tokens, BATCH_TOKENS[at.type])
     ids = random_ids(np.random.default_rng(2), batch, shape.context)
@@ -335,7 +352,7 @@ def measure(shape: Shape, folder: Path, device: str, tokens: int, repeat: int) -
     write_corpus(folder / "first.jsonl", min(tokens, 4 * shape.context), shape.context)
     paths = {site: path for site, (path, _) in site_paths(source, sites).items()}
     for corpus in ("first", "corpus"):  # the first compiles and warms up
-        prepared = prepare(folder, corpus, device, shape, infos, paths)
+        prepared = prepare(folder, corpus, device, attention, shape, infos, paths)
         scan_seconds, commits = scan(prepared, saes)
     files = {kind: [c.files[kind] for c in commits if kind in c.files] for kind in commits[0].files}
     rows = sum(file.rows for file in files["activations"])
@@ -346,6 +363,7 @@ def measure(shape: Shape, folder: Path, device: str, tokens: int, repeat: int) -
         if at.type == "cuda"
         else platform.processor() or platform.machine(),
         "torch": torch.__version__,
+        "attention": attention,
         "encoder": "torch" if kernels is None else "triton",
         "products": None if kernels is None else len(kernels.weight.parts),
         "layers": shape.model["num_hidden_layers"],
@@ -372,14 +390,24 @@ def measure(shape: Shape, folder: Path, device: str, tokens: int, repeat: int) -
 @click.option("--tokens", type=int, help="Of the corpus that is scanned.  [default: 131,072; small: 2,048]")
 @click.option("--repeat", default=3, show_default=True)
 @click.option("--device", default=local_device, help="cuda or cpu.  [default: cuda where there is one]")
+@click.option(
+    "--attention",
+    type=click.Choice(["sdpa", *PACKED]),
+    default="sdpa",
+    show_default=True,
+    help="sdpa pads contexts; the others pack them.",
+)
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to build; a temporary one by default.")
 @click.option("--small", is_flag=True, help="A tiny model and tiny SAEs: a minute on a CPU.")
-def main(tokens: int | None, repeat: int, device: str, folder: Path | None, small: bool) -> None:
+def main(
+    tokens: int | None, repeat: int, device: str, attention: str, folder: Path | None, small: bool
+) -> None:
     """Print the measurements as JSON."""
     shape = SMALL if small else GEMMA_2_2B
     tokens = tokens or (2048 if small else 131072)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        click.echo(json.dumps(measure(shape, Path(temporary), device, tokens, repeat), indent=2))
+        found = measure(shape, Path(temporary), device, tokens, repeat, attention)
+        click.echo(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

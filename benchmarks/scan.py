@@ -1,8 +1,8 @@
 """How far a scan is from its floor, on this machine: both on the same contexts, interleaved, in one run.
 
-The floor is the truncated model's forward pass plus the dense encode products in bfloat16, keeping
-nothing. The scan is the inline executor with `keep: tokens`, statistics, top contexts and samples, files
-written and committed; loading the model is in neither. Medians of `--repeat` rounds.
+The floor is transformers' forward pass of the truncated model plus the dense encode products in bfloat16,
+keeping nothing. The scan is the inline executor with `keep: tokens`, statistics, top contexts and samples,
+files written and committed; loading the model is in neither. Medians of `--repeat` rounds.
 
 Also prints bytes a row of every table and, with `--profile`, where the time of one more scan went.
 
@@ -36,8 +36,15 @@ from sae_runtime.model import LanguageModel
 FLOOR_BATCH = 4096  # tokens: of 512 to 4,096 what transformers' own forward pass is fastest with
 
 
-def floor_batches(scanner: Scanner, prepared: Prepared, planned: Planned, units: int) -> list[torch.Tensor]:
-    """The token batches of the first units, as the scan would shape them within a unit."""
+def plain_model(scanner: Scanner) -> LanguageModel:
+    """The scan's model with transformers' own operators, none of our loops."""
+    return LanguageModel(scanner.source, list(scanner.reads), scanner.setup.spec.model.dtype, fused=False)
+
+
+def floor_batches(
+    scanner: Scanner, prepared: Prepared, planned: Planned, units: int, budget: int = FLOOR_BATCH
+) -> list[torch.Tensor]:
+    """The token batches of the first units, like lengths together as the scan has them."""
     found = []
     for unit in planned.units[:units]:
         file = planned.files[unit.corpus, unit.path]
@@ -48,7 +55,7 @@ def floor_batches(scanner: Scanner, prepared: Prepared, planned: Planned, units:
             for ids in tokenize(scanner.tokenizer, texts)
             for window in contexts(strip_bos(ids, scanner.rule), scanner.rule)
         ]
-        for members in batches([len(w) for w in windows], FLOOR_BATCH):
+        for members in batches([len(w) for w in windows], budget):
             ids = torch.zeros(len(members), max(len(windows[m]) for m in members), dtype=torch.int64)
             for row, m in enumerate(members):
                 ids[row, : len(windows[m])] = torch.from_numpy(windows[m])
@@ -83,7 +90,7 @@ def main(spec: str, repeat: int, units: int, profile: bool) -> None:
         scanner.load(0)
         weights = [suites.load(info).W_enc.bfloat16() for info in scanner.infos]
         work = floor_batches(scanner, prepared, planned, units)
-        model = LanguageModel(prepared.source, list(scanner.reads), loaded.model.dtype, fused=False)
+        model = plain_model(scanner)
         floor(scanner, model, weights, work[:1])
         seconds: dict[str, list[float]] = {"floor": [], "scan": []}
         for turn in range(repeat + 1):

@@ -1,13 +1,14 @@
-"""A chunk of a unit: contexts in corpus order, run through the model in batches of like length.
+"""A chunk of a unit: contexts in corpus order, run through the model in batches of like length, or packed.
 
 Invariant: a batch's shape follows from the lengths of the chunk's contexts alone, and the captured
 activations come back in corpus order, so nothing downstream sees how contexts were batched. Lengths are
-sorted inside a chunk only; sorted over a whole unit, its documents would stay open until the end.
+sorted inside a chunk only; sorted over a whole unit, its documents would stay open until the end. Packed
+contexts keep their order, and a chunk ends where its rows are full, for a row costs the same however full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipelines.ledger import Unit
 from sae_runtime.encode import Sparse
 from sae_runtime.errors import DataError
 from sae_runtime.model import LanguageModel
+from sae_runtime.packing import Rows, pack, positions, row_length
 from sae_runtime.sites import Site
 from sae_runtime.summaries import Chunk, place_hash
 from sae_runtime.threads import Threads
@@ -48,6 +50,11 @@ class Captured:
 
     x: torch.Tensor  # [tokens, d], the model's dtype
     token: np.ndarray  # int64 [tokens], ascending
+    loud: Captured | None = None  # tokens that are left out; what other sites' SAEs reconstruct has them
+
+    def finished(self, finish: Callable[[torch.Tensor], torch.Tensor]) -> Captured:
+        """The same tokens with `finish` done to their activations."""
+        return Captured(finish(self.x), self.token, None if self.loud is None else self.loud.finished(finish))
 
     def in_chunk(self, sparse: Sparse) -> Sparse:
         """Rows that number the tokens of `x`, renumbered as the chunk's counted tokens."""
@@ -56,8 +63,14 @@ class Captured:
         return Sparse(sparse.indptr, self.token[sparse.token].astype(np.int32), sparse.code)
 
     def at(self, tokens: np.ndarray) -> torch.Tensor:
-        """Rows of `x` of some of its tokens (int64, ascending, all of them there): [len(tokens), d]."""
-        return self.x[np.searchsorted(self.token, tokens)]
+        """Activations of some tokens (int64, ascending, all of them here or loud): [len(tokens), d]."""
+        if self.loud is None:
+            return self.x[np.searchsorted(self.token, tokens)]
+        loud = np.isin(tokens, self.loud.token)
+        found = self.x.new_empty(len(tokens), self.x.shape[1])
+        found[_on(np.flatnonzero(~loud), found)] = Captured(self.x, self.token).at(tokens[~loud])
+        found[_on(np.flatnonzero(loud), found)] = self.loud.at(tokens[loud])
+        return found
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,33 @@ class Sample:
         slots = np.full(counted, -1, np.int32)
         slots[self.tokens] = np.arange(len(self.tokens))
         return slots
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model runs at once, each array of one shape [rows, length]."""
+
+    ids: np.ndarray  # int64
+    positions: np.ndarray | None  # int64, where contexts are packed
+    context: np.ndarray  # int64: numbers the contexts, in the order of their tokens; -1 on what is none's
+    counted: np.ndarray  # bool
+
+
+class Room:
+    """Whether another context goes into a chunk of some `tokens`, run `budget` at a time."""
+
+    def __init__(self, packs: bool, budget: int, tokens: int) -> None:
+        self._rows = Rows(budget) if packs else None
+        self._tokens, self._budgets, self._size = tokens, max(1, tokens // budget), 0
+
+    def take(self, length: int) -> bool:
+        """Take the next context, unless it does not fit; the first always does."""
+        if self._rows is not None:
+            return self._rows.take(length, self._budgets)
+        if self._size >= self._tokens:
+            return False
+        self._size += length
+        return True
 
 
 def chunk_tables(part: list[Placed], before: int, after: int, unit: Unit) -> Chunk:
@@ -108,7 +148,8 @@ def capture(
     """Activations of the chunk's counted tokens at every site, less those over `limit` (`norm_above`).
 
     Of the sites in `sampled` only those tokens (int64, ascending, numbers of the chunk's counted tokens).
-    `budget` is the most padded tokens of a batch; batches go side by side in `threads`. Raises DataError
+    `budget` is the most padded tokens of a batch, or the tokens of a packed row; batches go side by side in
+    `threads`. Raises DataError
     naming site and document row for an activation that is not finite.
     """
     dtype = next(model.module.parameters()).dtype
@@ -129,17 +170,18 @@ def capture(
     @torch.inference_mode()
     def run(members: list[int]) -> bool:
         """Enter a batch in `found` and `loud`; whether its activations are finite."""
-        ids, counted, real = _padded([part[m].context for m in members])
+        batch = _batch([part[m].context for m in members], budget if model.packs else None)
         target = np.concatenate([np.arange(starts[m], starts[m + 1]) for m in members])
-        source = np.flatnonzero(counted)
+        source = np.flatnonzero(batch.counted)
+        inputs = [torch.from_numpy(a) for a in (batch.ids, batch.positions) if a is not None]
         finite = [torch.ones((), dtype=torch.bool, device=model.device)]
-        for site, x in model.run(torch.from_numpy(ids)).items():
+        for site, x in model.run(*inputs).items():
             to, of = target, source
             if site in sampled:
                 there = np.isin(target, sampled[site])
                 to, of = np.searchsorted(sampled[site], target[there]), source[there]
             elif limit is not None:
-                over = norm_above(x, torch.from_numpy(real).to(x.device), limit).flatten()
+                over = norm_above(x, _on(batch.context, x), limit).flatten()
                 loud[site][_on(target, x)] = over[_on(source, x)]
             values = x.flatten(0, 1).index_select(0, _on(of, x))
             if len(to) and to[-1] - to[0] + 1 == len(
@@ -154,17 +196,21 @@ def capture(
         return bool(torch.stack(finite).all())
 
     lengths = [len(p.context.tokens) for p in part]
-    if not all(list(threads.map(run, batches(lengths, budget)))):
+    work = pack(lengths, budget) if model.packs else batches(lengths, budget)
+    if not all(list(threads.map(run, work))):
         raise _not_finite(found, wanted, model, part, chunk)
     if limit is None:
         return {site: Captured(x, wanted[site]) for site, x in found.items()}
-    kept = {site: ~loud[site] for site in loud}
     return {
-        site: Captured(x[kept[site]], np.flatnonzero(kept[site].cpu().numpy()))
-        if site in kept
-        else Captured(x, wanted[site])
+        site: _without(loud[site], x) if site in loud else Captured(x, wanted[site])
         for site, x in found.items()
     }
+
+
+def _without(loud: torch.Tensor, x: torch.Tensor) -> Captured:
+    """What is captured of all counted tokens, those that are `loud` (bool [tokens]) left out."""
+    out = loud.cpu().numpy()
+    return Captured(x[~loud], np.flatnonzero(~out), Captured(x[loud], np.flatnonzero(out)))
 
 
 def _on(index: np.ndarray, x: torch.Tensor) -> torch.Tensor:
@@ -205,23 +251,41 @@ def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(batch) for batch in found]
 
 
-def norm_above(x: torch.Tensor, real: torch.Tensor, limit: float) -> torch.Tensor:
-    """Which tokens of `x` [contexts, length, d] have over `limit` times their context's median norm.
+def norm_above(x: torch.Tensor, context: torch.Tensor, limit: float) -> torch.Tensor:
+    """Which tokens of `x` [rows, length, d] have over `limit` times their context's median norm.
 
-    `real` [contexts, length] is false on padding. The median is over all tokens that were run.
+    `context` int64 [rows, length] numbers the contexts, each in one piece; -1 is none, never above. The
+    median is over all of a context's tokens that were run: of an even number the mean of the middle two.
     """
-    norms = x.float().norm(dim=-1).masked_fill(~real, float("nan"))
-    return norms > limit * norms.nanquantile(0.5, dim=1, keepdim=True)
+    inside = torch.nonzero(context.flatten() >= 0)[:, 0]
+    of = context.flatten()[inside]
+    norms = x.float().norm(dim=-1).flatten()[inside]
+    order = norms.argsort()
+    ordered = norms[order[of[order].argsort(stable=True)]]  # by context, in each by norm
+    _, which, lengths = torch.unique(of, return_inverse=True, return_counts=True)
+    starts = lengths.cumsum(0) - lengths
+    low, high = ordered[starts + (lengths - 1) // 2], ordered[starts + lengths // 2]
+    above = torch.zeros(context.numel(), dtype=torch.bool, device=x.device)
+    above[inside] = norms > (limit * torch.lerp(low, high, 0.5))[which]
+    return above.view(context.shape)
 
 
-def _padded(members: Sequence[Context]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids int64, which are counted and which are real, each [contexts, longest], right padded."""
-    length = max(len(context.tokens) for context in members)
-    ids = np.zeros((len(members), length), np.int64)
-    counted = np.zeros((len(members), length), bool)
-    real = np.zeros((len(members), length), bool)
-    for row, context in enumerate(members):
-        ids[row, : len(context.tokens)] = context.tokens
-        counted[row, : len(context.tokens)] = context.counted
-        real[row, : len(context.tokens)] = True
-    return ids, counted, real
+def _batch(members: Sequence[Context], budget: int | None) -> Batch:
+    """Contexts packed into one row of a multiple of `budget` or, of None, right padded to the longest."""
+    lengths = [len(context.tokens) for context in members]
+    shape = (len(members), max(lengths)) if budget is None else (1, row_length(sum(lengths), budget))
+    at = (
+        (np.arange(shape[1]) < np.array(lengths)[:, None]).flatten()
+        if budget is None
+        else slice(sum(lengths))
+    )
+    batch = Batch(
+        ids=np.zeros(shape, np.int64),
+        positions=None if budget is None else positions(lengths, shape[1])[None],
+        context=np.full(shape, -1, np.int64),
+        counted=np.zeros(shape, bool),
+    )
+    batch.ids.reshape(-1)[at] = np.concatenate([context.tokens for context in members])
+    batch.counted.reshape(-1)[at] = np.concatenate([context.counted for context in members])
+    batch.context.reshape(-1)[at] = np.repeat(np.arange(len(members)), lengths)
+    return batch

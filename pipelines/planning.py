@@ -35,6 +35,7 @@ from sae_runtime import suites
 from sae_runtime.errors import DataError, InputError
 from sae_runtime.fingerprints import fingerprint
 from sae_runtime.model import ModelSource, load_tokenizer, locate, site_paths, text_config
+from sae_runtime.packing import check_attention
 from sae_runtime.sae import SaeInfo
 from sae_runtime.sites import Site
 
@@ -82,12 +83,22 @@ def prepare(spec: ScanSpec, device: str) -> Prepared:
                 f"saes: {sae.id} has d_in {sae.d_in}, but its site {path} of {spec.model.uri} has {width}; "
                 "wrong model or wrong `site`"
             )
-    longest = getattr(text_config(source), "max_position_embeddings", None)
+    config, model = text_config(source), spec.model
+    check_attention(config, model.attention, model.dtype, device, spec.context.length)
+    longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and spec.context.length > longest:
         raise InputError(
             f"context.length: {spec.context.length} tokens are more than the {longest} that {spec.model.uri} "
             "was made for"
         )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond this, all contexts of a batch get the longest's angles
+        longest = rope["original_max_position_embeddings"]
+        if spec.context.length > longest:
+            raise InputError(
+                f"context.length: {spec.context.length} tokens are more than the {longest} up to which "
+                f"{spec.model.uri} (longrope) gives a context the same values whatever it is run with"
+            )
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda sae: _fingerprint(sae, sites), saes)
         prints = {sae.id: digest for sae, digest in zip(saes, found, strict=True)}
@@ -156,6 +167,7 @@ def identity(prepared: Prepared, metadata: dict[str, str], groups: Sequence[Sequ
             "model.dtype": spec.model.dtype,
             "model.device": prepared.device,
             "model.threads": spec.model.threads if prepared.device == "cpu" else None,
+            "model.attention": spec.model.attention,
             "context.length": rule.length,
             "context.overlap": rule.overlap,
             "context.bos": rule.bos,
@@ -179,14 +191,14 @@ def check_identity(index: str, have: dict[str, Any], want: dict[str, Any]) -> No
     """InputError naming each setting in which a scan differs from the index it is for."""
     old, new = have["fixed"], want["fixed"]
     differences = []
-    for name in old:
-        if old[name] == new.get(name):
+    for name in dict.fromkeys((*old, *new)):  # an index may be older than a setting
+        if old.get(name) == new.get(name):
             continue
         if name == "saes":
             ids = sorted(k for k in {*old[name], *new[name]} if old[name].get(k) != new[name].get(k))
             differences.append(f"saes ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})")
         else:
-            differences.append(f"{name} ({old[name]} there, {new.get(name)} here)")
+            differences.append(f"{name} ({old.get(name)} there, {new.get(name)} here)")
     if differences:
         raise InputError(
             f"index {index} was scanned with other settings: {'; '.join(differences)}; "

@@ -91,13 +91,17 @@ class CorpusSource(_Frozen):
 
 
 class ModelSettings(_Frozen):
-    """The language model. `threads` are CPU threads per worker; on a CPU they fix the values too."""
+    """The language model. `threads` are CPU threads per worker; on a CPU they fix the values too.
+
+    `attention` says how contexts share a run: like lengths padded side by side (`sdpa`), or packed into rows.
+    """
 
     uri: Text
     revision: Text | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count = 2
+    attention: Literal["sdpa", "flex_attention", "flash_attention_2"] = "sdpa"
 
 
 class Sample(_Frozen):

@@ -3,7 +3,8 @@
 Invariant: everything that is written depends on the unit and the index's settings alone. Contexts go
 to the model in chunks of the document order and, inside a chunk, in batches of like length; batch
 shapes follow from the unit, because a bfloat16 model gives other values for other shapes (measured
-with SmolLM2 on a CPU: halving a batch changed 87 % of them). Right padding needs no mask.
+with SmolLM2 on a CPU: halving a batch changed 87 % of them). Right padding needs no mask. Where
+`model.attention` packs, a batch is a row of contexts and chunks end where rows do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pyarrow as pa
 import torch
 
 from pipelines.background import BackgroundWriter
-from pipelines.chunks import Captured, Placed, PlacedDocument, Sample, capture, chunk_tables
+from pipelines.chunks import Captured, Placed, PlacedDocument, Room, Sample, capture, chunk_tables
 from pipelines.contexts import (
     Context,
     ContextRule,
@@ -55,6 +56,7 @@ from sae_runtime.threads import Threads, keep_freed_memory
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 CHUNK_TOKENS = {"cpu": 16384, "cuda": 131072}
+HOST_THREADS = 16  # at most, for a worker with a GPU
 SEGMENT_ROWS = 1 << 24  # rows of activations and document_features held before they are sorted and written
 SAMPLE_EVERY = 64  # counted tokens between those that the reconstruction error is measured on
 _TOKENIZE = 64  # documents given to the tokenizer at a time
@@ -101,7 +103,10 @@ class Scanner:
     def __init__(self, setup: Setup, progress: Callable[[int, int], None] = lambda d, t: None) -> None:
         keep_freed_memory()
         torch.set_num_threads(setup.spec.model.threads)
-        self.threads = Threads(setup.spec.model.threads if torch.device(setup.device).type == "cpu" else 1)
+        threads, gpu = setup.spec.model.threads, torch.device(setup.device).type == "cuda"
+        # Beside a GPU, which runs one batch at a time, the host's work on SAEs may take many cores.
+        self.threads = Threads(max(threads, min(HOST_THREADS, os.cpu_count() or 1)) if gpu else threads)
+        self.batch_threads = Threads(1) if gpu else self.threads
         self.setup = setup
         self.progress = progress
         self.store = Store(setup.index)
@@ -127,6 +132,7 @@ class Scanner:
         scan = _UnitScan(self, work, writer)
         try:
             scan.run()
+            records = writer.close()
         except BaseException:
             writer.abandon()
             raise
@@ -143,7 +149,7 @@ class Scanner:
             started=started,
             finished=time.time(),
             device=device_name(self.setup.device),
-            files=writer.close(),
+            files=records,
         )
         crash("before-commit")
         check_unchanged(work.file, work.unit.digest)
@@ -161,7 +167,11 @@ class Scanner:
         self.targets = {info.out for info in self.infos if info.out is not None}
         model = self.setup.spec.model
         sites = sorted(self.reads | self.targets)
-        self.model = LanguageModel(self.source, sites, model.dtype, self.setup.device)
+        self.model = LanguageModel(
+            self.source, sites, model.dtype, self.setup.device, attention=model.attention
+        )
+        if self.model.packs:
+            self.model.check_packing(BATCH_TOKENS[self.model.device.type])
         self.encoders = [Encoder(suites.load(info), self.model.device) for info in self.infos]
         self.group = group
 
@@ -195,10 +205,10 @@ class _UnitScan:
         held: Placed | None = next(placed, None)
         before = -1
         while held is not None:
-            part, size = [], 0
-            while held is not None and size < CHUNK_TOKENS[kind]:
+            part = []
+            room = Room(self.s.model.packs, BATCH_TOKENS[kind], CHUNK_TOKENS[kind])
+            while held is not None and room.take(len(held.context.tokens)):
                 part.append(held)
-                size += len(held.context.tokens)
                 held = next(placed, None)
             after = held.document.local if held is not None else -1
             try:
@@ -305,8 +315,8 @@ class _UnitScan:
         sampled = numbers[(numbers + self.encoded) % SAMPLE_EVERY == 0]
         only_targets = dict.fromkeys(self.s.targets - self.s.reads, sampled)
         limit = self.s.setup.spec.context.norm_above
-        found = capture(self.s.model, part, chunk, batch_tokens, limit, only_targets, self.s.threads)
-        x = {site: Captured(self.s.model.taps[site].finish(at.x), at.token) for site, at in found.items()}
+        found = capture(self.s.model, part, chunk, batch_tokens, limit, only_targets, self.s.batch_threads)
+        x = {site: at.finished(self.s.model.taps[site].finish) for site, at in found.items()}
         samples: dict[tuple[Site, Site | None], Sample] = {}
         for (site, out), moments in self.moments.items():
             counted = np.intersect1d(x[site].token, sampled, assume_unique=True)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ TOKENS_PER_BLOCK = 2048
 FEATURES_PER_BLOCK = 4096
 VALUES_PER_BLOCK = 1 << 24  # pre-activations held at once where whole tokens are needed: 64 MB
 _FEWEST = 64  # tokens of such a block: a product of less is all reading of weights
+_ONE_AT_A_TIME = Lock()  # SAEs whose kernels have a GPU and its memory, while others' rows are summed up
 _NOTHING = np.array([0x8000], np.uint32).view(np.float32)[0]  # the highest that rounds to a bfloat16 of 0
 
 
@@ -143,7 +145,9 @@ class Encoder:
         if self.kernels is not None:
             step = self.kernels.most_tokens
             starts = range(0, len(x), step)
-            return merge([Sparse(*self.kernels.encode(x[s : s + step], s)) for s in starts], self.width)
+            with _ONE_AT_A_TIME:
+                blocks = [Sparse(*self.kernels.encode(x[s : s + step], s)) for s in starts]
+            return merge(blocks, self.width)
         if self.screen is not None and self.cut is not None:
             return self._screened(x, self.screen, self.cut)
         if self.cut is not None:

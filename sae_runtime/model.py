@@ -2,7 +2,8 @@
 
 Invariant: what a site yields is the tensor the module saw or produced in the model's own dtype, for
 exactly the token ids given; right padding never changes a real token, because attention is causal
-and the padding comes after it, so no attention mask is passed. The layers that are loaded give what they
+and the padding comes after it, so no attention mask is passed. Contexts that share a row do not see each
+other (`packing.py`). The layers that are loaded give what they
 give in the whole model. A checkpoint that holds more than text runs its text model alone.
 Trade-off: a Q4 GGUF file is dequantised once into a cached float32 directory (0.5 GB for a
 135M-parameter model) so that every worker maps it in about a second; reading the GGUF takes 3 to 12 s.
@@ -29,6 +30,7 @@ from sae_runtime.cache import cache_dir
 from sae_runtime.errors import InputError, one_line
 from sae_runtime.families import WRAPPERS, Tap, decoder_layers, family, resolve
 from sae_runtime.fused import fuse
+from sae_runtime.packing import PACKED
 from sae_runtime.sites import Site
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -152,6 +154,7 @@ class LanguageModel:
     `run(ids)` takes token ids int64 [contexts, length] and yields, per site, what its tap captures:
     [contexts, length, width] in the model's dtype, on the model's device. `taps[site].finish` makes the
     site's activation of it. On a CPU several threads may run batches at once; `fused` is for measuring.
+    Where `attention` packs (`packs`), `run(ids, positions)` takes rows in which contexts follow each other.
     """
 
     def __init__(
@@ -161,27 +164,69 @@ class LanguageModel:
         dtype: str = "bfloat16",
         device: str = "cpu",
         fused: bool = True,
+        attention: str = "sdpa",
     ) -> None:
         """Load `source` up to the last layer of `sites`; InputError if a site is not there."""
         self.device = torch.device(device)
-        self.module = _load(source, sites, DTYPES[dtype])
+        self.packs = attention in PACKED
+        self.module = _load(source, sites, DTYPES[dtype], _implementation(attention, self.device))
         self.module.to(self.device).eval()
         prefix = _prefix(source)
         self.taps: dict[Site, Tap] = {site: resolve(self.module, site, prefix) for site in sites}
         if fused:
             fuse(self.module, [tap.module for tap in self.taps.values()])
         self._capture = Capture(self.taps.values())
-        self.attention = str(self.module.config._attn_implementation)
+        self._source = source
 
     @torch.inference_mode()
-    def run(self, ids: torch.Tensor) -> dict[Site, torch.Tensor]:
-        """Activations of every tapped site for `ids` [contexts, length], right padded."""
+    def run(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> dict[Site, torch.Tensor]:
+        """Activations of every tapped site for `ids` [contexts, length], right padded; or for one packed row
+        [1, length] with `positions` int64 of the same shape, which begin at 0 in each context."""
+        assert positions is None or self.packs
+        at = None if positions is None else positions.to(self.device)
         with self._capture.into() as activations:
-            self.module(input_ids=ids.to(self.device), use_cache=False)
+            self.module(input_ids=ids.to(self.device), position_ids=at, use_cache=False)
         for site, tap in self.taps.items():
             if site not in activations:
                 raise InputError(f"saes.site: the model does not run {tap.path}")
         return activations
+
+    @torch.inference_mode()
+    def check_packing(self, length: int) -> None:
+        """Run rows [1, length] that begin with two contexts through the first layer's attention.
+
+        InputError if the second one has other values, by a single bit, once the first one's tokens are
+        others: transformers finds the contexts, each family in code of its own, and says nothing where it
+        does not.
+        """
+        each = min(16, length // 2)
+        positions = torch.zeros(1, length, dtype=torch.int64)
+        positions[0, : 2 * each] = torch.arange(each).repeat(2)
+        found: list[torch.Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            found.append((output[0] if isinstance(output, tuple) else output)[0, each : 2 * each].clone())
+            raise _Enough
+
+        layer = decoder_layers(self.module)[0]
+        handle = layer.get_submodule(family(self.module.config).attention).register_forward_hook(stop)
+        try:
+            for token in (1, 2):
+                ids = torch.full((1, length), 3)
+                ids[0, :each] = token
+                with contextlib.suppress(_Enough):
+                    self.run(ids, positions)
+        finally:
+            handle.remove()
+        if not torch.equal(*found):
+            raise InputError(
+                f"model.attention: in this version of transformers packed contexts of {self._source.uri} see "
+                "each other; use sdpa"
+            )
+
+
+class _Enough(Exception):
+    """Ends a run of which no more is wanted."""
 
 
 class Capture:
@@ -245,7 +290,15 @@ def _truncated(source: ModelSource, sites: Sequence[Site]) -> Any:
     return config
 
 
-def _load(source: ModelSource, sites: Sequence[Site], dtype: torch.dtype) -> Any:
+def _implementation(attention: str, device: torch.device) -> str | None:
+    """transformers' name for `model.attention`; None leaves it the choice, which is eager where a model has
+    no sdpa."""
+    if attention == "sdpa":
+        return None
+    return "eager" if attention == "flex_attention" and device.type == "cpu" else attention
+
+
+def _load(source: ModelSource, sites: Sequence[Site], dtype: torch.dtype, attention: str | None) -> Any:
     """A bare text model (no head, no other modality) of the layers that `sites` need."""
     from transformers import AutoModel
     from transformers.utils import logging
@@ -262,10 +315,11 @@ def _load(source: ModelSource, sites: Sequence[Site], dtype: torch.dtype) -> Any
             revision=source.revision,
             config=config,
             dtype=dtype,
+            attn_implementation=attention,
             key_mapping=nested,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"model.uri: cannot load {source.uri!r}: {one_line(error)}") from error
     finally:
         logging.set_verbosity(level)

@@ -56,12 +56,15 @@ class Screen:
             - 2.0**-22 * (floor.abs() + bias.abs()).double()
             - self.d * 2.0**-125 * (1 + norm)
         )
+        # Of weights under 2^-126 more may be lost than 2^-8; such a feature counts as a larger one.
+        share = min(float((lost / norm.clamp(min=2.0**-149)).max()), 2.0**-8)
+        size = torch.maximum(norm, lost / max(share, 2.0**-40))
         # What is multiplied with a number of the token, by whether z is bfloat16 itself.
         self._slack = {
             True: _up(1.02 * (lost + norm * self.d * 2.0**-23) + self.d * 2.0**-125),
-            False: _up(1.02 * norm + self.d * 2.0**-125),
+            False: _up(1.02 * size + self.d * 2.0**-125),
         }
-        self._share = 1.02 * float((lost / norm.clamp(min=2.0**-149)).max()) + self.d * 2.0**-23
+        self._share = 1.02 * share + self.d * 2.0**-23
 
     def over(
         self,

@@ -36,7 +36,7 @@ class Threads:
         The first error is raised when all pieces have ended.
         """
         items = list(items)
-        if self._pool is None or len(items) < 2:
+        if self._pool is None:
             yield from (work(item) for item in items)
             return
         futures = [self._pool.submit(work, item) for item in items]

@@ -16,6 +16,7 @@ import io
 import json
 import pickle
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -29,6 +30,8 @@ import torch
 from sae_runtime import hub, pickles, remote
 from sae_runtime.errors import InputError, one_line
 
+# numpy reads a header with `ast`, which fails in two threads at once before Python 3.13 (its issue 106905).
+_ONE_HEADER = threading.Lock()
 _FEW = 1 / 16  # share of a remote file's bytes up to which tensors are read by range
 _SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -127,7 +130,11 @@ def _read(uri: str, wanted: set[str] | None) -> dict[str, torch.Tensor]:
     path = remote.local(uri)
     if uri.endswith(".npz"):
         with np.load(path, allow_pickle=False) as archive:
-            return {name: torch.from_numpy(archive[name]) for name in archive.files if take(name)}
+            found = {}
+            for name in filter(take, archive.files):
+                with _ONE_HEADER:
+                    found[name] = torch.from_numpy(archive[name])
+            return found
     if uri.endswith(".safetensors"):
         from safetensors import safe_open
 
@@ -184,10 +191,13 @@ def _npy(archive: zipfile.ZipFile, stream: IO[bytes], info: zipfile.ZipInfo) -> 
     member = io.BytesIO(start)
     version = np.lib.format.read_magic(member)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = header(member)
+    with _ONE_HEADER:
+        shape, _, dtype = header(member)
 
     def read() -> torch.Tensor:
-        return torch.from_numpy(np.lib.format.read_array(io.BytesIO(archive.read(info)), allow_pickle=False))
+        whole = io.BytesIO(archive.read(info))
+        with _ONE_HEADER:
+            return torch.from_numpy(np.lib.format.read_array(whole, allow_pickle=False))
 
     return _Piece(Header(str(dtype), shape), info.compress_size, read)
 

@@ -48,7 +48,7 @@ def test_the_arms_keep_the_same_rows(tiny_model_no_bos: Path, tmp_path: Path) ->
     assert len(both)
     np.testing.assert_allclose(ours["values1"][i], theirs["values1"][j], rtol=2**-8)
     files["script"].unlink()
-    np.savez(files["script"], **{name: column[:-99] for name, column in theirs.items()})
+    np.savez(files["script"], **{name: column[: len(column) * 9 // 10] for name, column in theirs.items()})
     with pytest.raises(click.ClickException, match="script and scan do not do the same work"):
         compare.agreement(files, made, found)
 

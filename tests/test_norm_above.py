@@ -12,13 +12,13 @@ def test_tokens_far_above_their_contexts_median_norm_are_found_and_padding_is_no
     x = torch.zeros(2, 6, 3)
     x[0, :, 0] = torch.tensor([1.0, 1.1, 0.9, 10.5, 1.0, 9.0])
     x[1, :, 1] = torch.tensor([5.0, 5.0, 100.0, 0.0, 0.0, 0.0])
-    real = torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
+    context = torch.tensor([[0] * 6, [1] * 3 + [-1] * 3])
     # Medians: 1.05 of the first context; 5 of the second, over its three real tokens.
-    assert norm_above(x, real, 10).tolist() == [
+    assert norm_above(x, context, 10).tolist() == [
         [False] * 6,
         [False, False, True, False, False, False],
     ]
-    assert norm_above(x, real, 9.9).tolist()[0] == [False, False, False, True, False, False]
+    assert norm_above(x, context, 9.9).tolist()[0] == [False, False, False, True, False, False]
 
 
 def test_loud_tokens_have_no_rows_and_are_not_counted_at_their_site_alone(tmp_path, write_spec, scan_inline):
