@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -159,12 +160,13 @@ def agreement(files: dict[str, Path], world: World, arms: Found) -> Found:
     if "scan" not in files:
         return {}
     bits = {"gaps": 0.0, "gaps given density": 0.0, "values": 0.0}
-    ours, total = np.load(files["scan"]), 0
+    ours, total, merged = np.load(files["scan"]), 0, 0
     for i in range(len(world.saes)):
         rows = len(ours[f"keys{i}"])
         total += rows
         for name, each in entropy(ours[f"keys{i}"], ours[f"values{i}"], world).items():
             bits[name] += each * rows
+        merged += one_run(ours[f"keys{i}"], ours[f"values{i}"], world)
     for name, file in files.items():
         if name == "scan":
             continue
@@ -180,7 +182,30 @@ def agreement(files: dict[str, Path], world: World, arms: Found) -> Found:
                 f"{name} and scan do not do the same work: of {total:,} rows of the scan's {alone[0]:,} are "
                 f"missing there, and {alone[1]:,} are there only"
             )
-    return {"entropy_bytes_per_row": {name: each / total / 8 for name, each in bits.items()}}
+    return {
+        "entropy_bytes_per_row": {name: each / total / 8 for name, each in bits.items()},
+        "merged_bytes_per_row": merged / total,
+    }
+
+
+def one_run(keys: np.ndarray, values: np.ndarray, world: World) -> int:
+    """Bytes of one SAE's rows written by our writer as one run, which is what compaction is to leave."""
+    from pipelines.storage import Store
+    from pipelines.writer import UnitWriter, sae_column
+
+    feature, token = np.divmod(keys, world.contexts("run").size)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = UnitWriter(Store(folder), "merged", 0, "bench", {})
+        writer.write(
+            "activations",
+            {
+                "sae": sae_column("bench", len(keys)),
+                "feature": feature.astype(np.int32),
+                "token": token,
+                "activation": values.astype(np.float32),
+            },
+        )
+        return writer.close()["activations"].bytes
 
 
 def entropy(keys: np.ndarray, values: np.ndarray, world: World) -> dict[str, float]:
@@ -242,6 +267,11 @@ def table(found: Found) -> str:
         lines.append(
             f"entropy, bytes a row: gaps {h['gaps']:.2f} (given each density {h['gaps given density']:.2f}) "
             f"+ bfloat16 values {h['values']:.2f} = {h['gaps'] + h['values']:.2f}"
+        )
+        lines.append(
+            f"activations as one run a feature, as compaction is to leave them: "
+            f"{found['merged_bytes_per_row']:.2f} bytes a row, "
+            f"{found['merged_bytes_per_row'] / (h['gaps'] + h['values']):.2f} times the entropy"
         )
         lines.append("* rows that only one of this arm and the scan has, over the scan's")
     return "\n".join(lines + disturbed(found["arms"]))

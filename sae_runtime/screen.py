@@ -14,10 +14,9 @@ it is not, the first takes the largest |w - bf(w)| / |w| for all features, so th
 of the feature times one of the token. Numbers under 2^-126, which AMX takes for 0, are in the terms of
 2^-125.
 
-Trade-off, measured (2 cores with AMX, 2,048 tokens x 4,096 features x d 576, L0 86 to 98, real activations):
-1.13 to 1.2 candidates an active pair; the bfloat16 product takes 3.3 ms, one thread's screening 3.5 and
-refining 8.5, against 33 ms for the float32 product and 9 for finding what is active in it. In blocks of 512
-tokens z stays in the second-level cache; in blocks of 4,096 refining takes twice as long.
+Trade-off, measured (2 cores with AMX, 4,096 tokens x 4,096 features x d 576, L0 83): 31 ms, of which the
+bfloat16 products are 11, where the float32 product alone takes 70 to 75 (`benchmarks/encode.py`); 1.19
+candidates an active pair. In blocks of 512 tokens z stays in the second-level cache; 256 and 768 are slower.
 """
 
 from __future__ import annotations
