@@ -19,11 +19,6 @@ import click
 import scan
 import torch
 
-from jobs.specfile import load_spec
-from pipelines.ledger import Ledger
-from pipelines.planning import plan_units, prepare
-from pipelines.storage import Store
-from pipelines.unit import Scanner, Setup
 from sae_runtime import suites
 
 LOUDEST = 32
@@ -65,12 +60,7 @@ def candidates(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, floor: torch.T
 def main(spec: str, tokens: int) -> None:
     """Print candidates an active pair for every SAE of a spec."""
     with tempfile.TemporaryDirectory() as folder:
-        loaded, text = load_spec(spec, f"{folder}/index")
-        prepared = prepare(loaded, "cpu")
-        planned, metadata = plan_units(prepared, Ledger(Store(loaded.index)), text, allow_removal=False)
-        setup = Setup(loaded, prepared.source, "cpu", (prepared.saes,), metadata, loaded.index)
-        scanner = Scanner(setup)
-        scanner.load(0)
+        scanner, prepared, planned = scan.loaded_scanner(spec, folder)
         (ids, *_) = scan.floor_batches(scanner, prepared, planned, 1, tokens)
     found = scanner.model.run(ids)
     for info in scanner.infos:

@@ -36,6 +36,16 @@ from sae_runtime.model import LanguageModel
 FLOOR_BATCH = 4096  # tokens: of 512 to 4,096 what transformers' own forward pass is fastest with
 
 
+def loaded_scanner(spec: str, folder: str) -> tuple[Scanner, Prepared, Planned]:
+    """A spec planned for an index in `folder`, model and SAEs loaded."""
+    loaded, text = load_spec(spec, f"{folder}/index")
+    prepared = prepare(loaded, "cpu")
+    planned, metadata = plan_units(prepared, Ledger(Store(loaded.index)), text, allow_removal=False)
+    scanner = Scanner(Setup(loaded, prepared.source, "cpu", (prepared.saes,), metadata, loaded.index))
+    scanner.load(0)
+    return scanner, prepared, planned
+
+
 def plain_model(scanner: Scanner) -> LanguageModel:
     """The scan's model with transformers' own operators, none of our loops."""
     return LanguageModel(scanner.source, list(scanner.reads), scanner.setup.spec.model.dtype, fused=False)
@@ -82,12 +92,8 @@ def floor(
 def main(spec: str, repeat: int, units: int, profile: bool) -> None:
     """Print seconds and tokens per second of floor and scan, and their ratio."""
     with tempfile.TemporaryDirectory() as folder:
-        loaded, text = load_spec(spec, f"{folder}/index")
-        prepared = prepare(loaded, "cpu")
-        planned, metadata = plan_units(prepared, Ledger(Store(loaded.index)), text, allow_removal=False)
-        setup = Setup(loaded, prepared.source, "cpu", (prepared.saes,), metadata, loaded.index)
-        scanner = Scanner(setup)
-        scanner.load(0)
+        scanner, prepared, planned = loaded_scanner(spec, folder)
+        loaded = prepared.spec
         weights = [suites.load(info).W_enc.bfloat16() for info in scanner.infos]
         work = floor_batches(scanner, prepared, planned, units)
         model = plain_model(scanner)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import families
 import tiny
 import yaml
 
@@ -27,6 +28,19 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ.pop("CORPUSCOPE_CACHE")
     if before is not None:
         os.environ["CORPUSCOPE_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`models(family)` is the directory of a random model of the family (tests/families)."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = families.make(family, tmp_path_factory.mktemp("families") / family)
+        return made[family]
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -36,19 +36,6 @@ FOUR_NORMS = ("gemma2", "gemma3", "gemma3_text")
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`models(family)` is the directory of a random model of the family."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = families.make(family, tmp_path_factory.mktemp("families") / family)
-        return made[family]
-
-    return get
-
-
 def some_ids(length: int = 24, contexts: int = 2) -> torch.Tensor:
     """Token ids [contexts, length], the last context padded on the right."""
     ids = torch.from_numpy(np.random.default_rng(4).integers(3, 300, (contexts, length)))

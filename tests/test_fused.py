@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import families
@@ -21,26 +20,14 @@ ALL = sorted(set(families.FAMILIES) - MIXTURES)
 NONE = {"gpt2"}  # has neither RMS norms nor gates nor rotary embeddings
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> str:
-        if family not in made:
-            made[family] = families.make(family, tmp_path_factory.mktemp("fused") / family)
-        return str(made[family])
-
-    return get
-
-
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.int16), other.contiguous().view(torch.int16))
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_every_site_of_every_family(folder: Any, family: str) -> None:
+def test_every_site_of_every_family(models: Any, family: str) -> None:
     sites = [Site(n, kind) for n in range(4) for kind in KINDS if families.path(family, n, kind)]
-    source = locate(folder(family))
+    source = locate(str(models(family)))
     plain, fast = (LanguageModel(source, sites, "bfloat16", fused=f) for f in (False, True))
     changed = sum("forward" in vars(module) for module in fast.module.modules())
     assert (changed > 0) == (family not in NONE)
@@ -53,16 +40,16 @@ def test_every_site_of_every_family(folder: Any, family: str) -> None:
             assert same_bits(found[site], wanted[site]), site
 
 
-def test_float32_models_keep_their_own_code(folder: Any) -> None:
-    model = LanguageModel(locate(folder("llama")), [Site(1, "resid_post")], "float32")
+def test_float32_models_keep_their_own_code(models: Any) -> None:
+    model = LanguageModel(locate(str(models("llama"))), [Site(1, "resid_post")], "float32")
     assert not any("forward" in vars(module) for module in model.module.modules())
 
 
 @pytest.mark.parametrize("place", ["gate_proj", "up_proj", "down_proj", "act_fn"])
-def test_places_inside_an_mlp_keep_what_they_hold(folder: Any, place: str) -> None:
+def test_places_inside_an_mlp_keep_what_they_hold(models: Any, place: str) -> None:
     """A site on a part of a fused MLP has what the part gave, not what the loop wrote over it."""
     site = Site(1, f"mlp.{place}.output")
-    source = locate(folder("llama"))
+    source = locate(str(models("llama")))
     ids = torch.from_numpy(np.random.default_rng(1).integers(3, 300, (2, 30)))
     plain, fast = (LanguageModel(source, [site], "bfloat16", fused=f).run(ids)[site] for f in (False, True))
     assert same_bits(plain, fast)

@@ -28,19 +28,6 @@ LENGTHS = (9, 1, 24, 1, 1, 13, 2)  # the families' sliding windows are of 6 toke
 ROW = 64
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`models(family)` is the directory of a random model of the family."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = families.make(family, tmp_path_factory.mktemp("packing") / family)
-        return made[family]
-
-    return get
-
-
 def some_contexts(lengths: tuple[int, ...] = LENGTHS, seed: int = 4) -> list[torch.Tensor]:
     rng = np.random.default_rng(seed)
     return [torch.from_numpy(rng.integers(3, 300, length)) for length in lengths]
