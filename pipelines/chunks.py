@@ -149,8 +149,7 @@ def capture(
 
     Of the sites in `sampled` only those tokens (int64, ascending, numbers of the chunk's counted tokens).
     `budget` is the most padded tokens of a batch, or the tokens of a packed row; batches go side by side in
-    `threads`. Raises DataError
-    naming site and document row for an activation that is not finite.
+    `threads`. Raises DataError naming site and document row for an activation that is not finite.
     """
     dtype = next(model.module.parameters()).dtype
     total = len(chunk.context)
@@ -184,9 +183,8 @@ def capture(
                 over = norm_above(x, _on(batch.context, x), limit).flatten()
                 loud[site][_on(target, x)] = over[_on(source, x)]
             values = x.flatten(0, 1).index_select(0, _on(of, x))
-            if len(to) and to[-1] - to[0] + 1 == len(
-                to
-            ):  # a slice, as it mostly is, is a quarter of the time
+            # `to` ascends; a slice, which it mostly is, takes a quarter of the time.
+            if len(to) and to[-1] - to[0] + 1 == len(to):
                 found[site][to[0] : to[-1] + 1] = values
             else:
                 found[site].index_copy_(0, _on(to, x), values)
