@@ -1,19 +1,21 @@
 """Compaction: many units' files become few, while a scan or a query goes on.
 
-Two rules say what is merged. In *tiers*, as a scan goes: once all live units of an aligned range of FAN^level
-ordinals are committed, what is in it becomes one run (rows) and one node (summaries) of that level, so that some
-FAN pieces a level are left however long the scan is, and a row is rewritten once a level. *Fully*, when asked:
-rows become at most some PARTS runs of at least PART_ROWS, so that one feature lies in a few row groups of each
-and a document's rows in one; summaries become one node.
-Invariant: files are written first, a manifest names them, a snapshot names the manifest (put-if-absent); whoever
-is killed before leaves files that nothing names, whoever loses a race drops his. What is read is the same rows
-before and after. Memory is bounded by MAX_PIECES times a row group.
+Two rules say what is merged. In *tiers*, as a scan goes: once all live units of an aligned range of
+FAN^level ordinals are committed, what is in it becomes one run (rows) and one node (summaries) of that level,
+so that some FAN pieces a level are left however long the scan is, and a row is rewritten once a level.
+*Fully*, when asked: rows become at most some PARTS runs of at least PART_ROWS, so that one feature lies in a
+few row groups of each and a document's rows in one; summaries become one node.
+Invariant: files are written first, a manifest names them, a snapshot names the manifest (put-if-absent);
+whoever is killed before leaves files that nothing names, whoever loses a race drops his. What is read is the
+same rows before and after. Memory is bounded by MAX_PIECES times a row group.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from pipelines.faults import crash
 from pipelines.ledger import Commit, DataFileRecord
 from pipelines.merge import MergeRule, Part, merge_keyed, merge_rows, merge_summaries
 from pipelines.ordinals import Ranges, pack, unpack, without
-from pipelines.schema import DATA, KINDS, UNIT_FACTS, UNITS
+from pipelines.schema import DATA, UNIT_FACTS, UNITS
 from pipelines.snapshots import (
     Files,
     Node,
@@ -50,6 +52,7 @@ PART_ROWS = 1 << 26
 MAX_PIECES = 128  # merged at once
 TASK_ROWS = 1 << 26  # of activations, that one task merges
 FILE_BYTES = 1 << 28
+MAX_AGE = 6 * 3600.0  # seconds after which work is dropped; gc leaves it alone for four times that
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ class RunJob:
     runs: tuple[Run, ...]
     units: np.ndarray
 
+    @property
+    def words(self) -> str:
+        return f"merging the rows of {len(self.runs) + len(self.units):,} runs and units"
+
 
 @dataclass(frozen=True)
 class NodeJob:
@@ -68,6 +75,10 @@ class NodeJob:
     level: int
     first: int
     stop: int
+
+    @property
+    def words(self) -> str:
+        return f"merging the summaries of units {self.first:,} to {self.stop - 1:,}"
 
 
 Job = RunJob | NodeJob
@@ -167,10 +178,8 @@ def due_fully(found: Contents) -> Iterator[Job]:
     pieces: list[tuple[int, int, Run | None]] = [
         (run.units[0][0], _rows(run.files.get("activations", ())), run) for run in found.runs if run.units
     ]
-    own = {commit.ordinal: 0 for commit in found.commits_of(found.own)}
-    for commit in found.commits_of(found.own):
-        own[commit.ordinal] += commit.files["activations"].rows if "activations" in commit.files else 0
-    pieces += [(ordinal, rows, None) for ordinal, rows in own.items()]
+    own = itertools.groupby(found.commits_of(found.own), key=lambda commit: commit.ordinal)
+    pieces += [(ordinal, _own_rows(list(commits), "activations"), None) for ordinal, commits in own]
     pieces.sort(key=lambda piece: piece[0])
     wanted = max(PART_ROWS, sum(rows for _, rows, _ in pieces) // PARTS)
     retired = _retired(found)
@@ -201,11 +210,11 @@ def execute(found: Contents, job: Job, run: Perform = perform_here) -> Files | N
 
 
 def _merge_run(found: Contents, job: RunJob, run: Perform) -> Files | None:
-    store, rule = found.store, _rule(found)
+    store, rule, began = found.store, _rule(found), time.monotonic()
     parts = sorted(
         [
             *(_part(r.units, r.files) for r in job.runs),
-            *(_own_part(ordinal, found.commits_of([ordinal])) for ordinal in job.units.tolist()),
+            *_own_parts(found.commits_of(job.units)),
         ],
         key=lambda part: part.ordinals,
     )
@@ -232,12 +241,12 @@ def _merge_run(found: Contents, job: RunJob, run: Perform) -> Files | None:
     )
     write_run(store, made)
     crash("compact-manifest")
-    return files if _publish_run(store, made, job) else None
+    return files if _publish_run(store, made, job, began) else None
 
 
-def _publish_run(store: Store, made: Run, job: RunJob) -> bool:
+def _publish_run(store: Store, made: Run, job: RunJob, began: float) -> bool:
     replaced = {run.name for run in job.runs}
-    while True:
+    while time.monotonic() - began < MAX_AGE:
         now = newest(store)
         others = [name for name in now.runs if name not in replaced]
         taken = np.concatenate([np.empty(0, np.int64), *(unpack(r.units) for r in read_runs(store, others))])
@@ -246,21 +255,23 @@ def _publish_run(store: Store, made: Run, job: RunJob) -> bool:
         if publish(store, Snapshot(now.number + 1, (*others, made.name), now.nodes)):
             crash("compact-published")
             return True
+    return False
 
 
 def _merge_node(found: Contents, job: NodeJob, run: Perform) -> Files | None:
-    store, rule = found.store, _rule(found)
+    store, rule, began = found.store, _rule(found), time.monotonic()
     nodes, alone = found.cover(job.first, job.stop)
+    commits = found.commits_of(alone)
     parts = sorted(
         [
             *(Part((n.first, n.stop), _paths(n.files), True) for n in nodes),
-            *(_own_part(ordinal, found.commits_of([ordinal])) for ordinal in alone.tolist()),
+            *_own_parts(commits),
         ],
         key=lambda part: part.ordinals,
     )
     stem = f"node-{job.level:02d}-{job.first:09d}-{uuid.uuid4().hex[:8]}"
     rows = sum(_rows(n.files.get("top_contexts", ())) for n in nodes)
-    rows += sum(c.files["top_contexts"].rows for c in found.commits_of(alone) if "top_contexts" in c.files)
+    rows += _own_rows(commits, "top_contexts")
     files = _collect(
         run(
             [
@@ -277,15 +288,17 @@ def _merge_node(found: Contents, job: NodeJob, run: Perform) -> Files | None:
     made = Node(manifest_name(stem), job.level, job.first, job.stop, members, files, tuple(children))
     write_node(store, made)
     crash("compact-manifest")
-    while True:
+    while time.monotonic() - began < MAX_AGE:
         now = newest(store)
-        if publish(store, Snapshot(now.number + 1, now.runs, (*_besides(store, now.nodes, made), made.name))):
+        nodes_now = (*_besides(store, now.nodes, made), made.name)
+        if publish(store, Snapshot(now.number + 1, now.runs, nodes_now)):
             crash("compact-published")
             return files
+    return None
 
 
 def _besides(store: Store, names: Sequence[str], made: Node) -> list[str]:
-    """The nodes to keep beside a new one: those apart from it, and of larger ones the children apart from it."""
+    """The nodes to keep beside a new one: those apart from it, of larger ones the children apart from it."""
     kept = []
     for node in read_nodes(store, names):
         if node.stop <= made.first or made.stop <= node.first:
@@ -316,11 +329,16 @@ def _part(units: Ranges, files: Files) -> Part:
     return Part((units[0][0], units[-1][1]), _paths(files), True)
 
 
-def _own_part(ordinal: int, commits: Sequence[Commit]) -> Part:
-    files = {
-        kind: tuple(commit.files[kind].path for commit in commits if kind in commit.files) for kind in KINDS
-    }
-    return Part((ordinal, ordinal + 1), {kind: paths for kind, paths in files.items() if paths}, False)
+def _own_parts(commits: Sequence[Commit]) -> list[Part]:
+    """A part for each unit; `commits` are all groups' of each."""
+    parts = []
+    for ordinal, group in itertools.groupby(commits, key=lambda commit: commit.ordinal):
+        files: dict[str, tuple[str, ...]] = {}
+        for commit in group:
+            for kind, record in commit.files.items():
+                files[kind] = (*files.get(kind, ()), record.path)
+        parts.append(Part((ordinal, ordinal + 1), files, False))
+    return parts
 
 
 def _paths(files: Files) -> dict[str, tuple[str, ...]]:
@@ -365,6 +383,10 @@ def _retired(found: Contents) -> np.ndarray:
 
 def _rows(records: Sequence[DataFileRecord]) -> int:
     return sum(record.rows for record in records)
+
+
+def _own_rows(commits: Sequence[Commit], kind: str) -> int:
+    return sum(commit.files[kind].rows for commit in commits if kind in commit.files)
 
 
 def _between(ordinals: np.ndarray, first: int, stop: int) -> np.ndarray:

@@ -76,6 +76,7 @@ class Plan:
     units: tuple[Unit, ...]  # new ones, or such that came back
     dropped: Ranges  # ordinals of units of changed or deleted files
     kind: str = "scan"  # or "gc"
+    attempt: str = ""  # in the names of its tables; given when it is written
     retired: Ranges = ()  # ordinals of dropped units whose data are given up
 
 
@@ -207,7 +208,7 @@ def objects(store: Store, items: Sequence[str]) -> list[dict[str, Any]]:
 def _plan(store: Store, name: str, head: dict[str, Any]) -> Plan:
     stem = name.removesuffix(".json")
     try:
-        tables = f"{stem}-{head.pop('attempt')}"
+        tables = f"{stem}-{head['attempt']}"
         files = [FileRecord(*row) for row in _rows(store, f"{tables}.files.parquet", _FILES)]
         units = [
             Unit(unit, ordinal, f.corpus, f.path, f.digest, f.settings, start, stop, size)
