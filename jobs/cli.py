@@ -287,7 +287,8 @@ def features(index: str, sae: str, sort: str, limit: int, format_: str) -> None:
 def compact(index: str, format_: str) -> None:
     """Rewrite the committed files of INDEX into few large ones, for fast reads.
 
-    Scans and queries may go on meanwhile; killed, it leaves the index as it was. `gc` removes what it replaced.
+    Scans and queries may go on meanwhile; killed, it leaves the index as it was. `gc` removes what it
+    replaced.
     """
     from jobs.progress import Steps
     from pipelines import compaction
@@ -323,7 +324,7 @@ def compact(index: str, format_: str) -> None:
     type=click.FloatRange(min=0),
     default=86400.0,
     show_default=True,
-    help="How long files that nothing names yet stay. Less than the default only while nothing is at work here.",
+    help="How long files that nothing names stay. Give less only while nothing is at work on the index.",
 )
 @format_option
 def gc(index: str, grace: float, unfinished: float, format_: str) -> None:
@@ -341,8 +342,8 @@ def gc(index: str, grace: float, unfinished: float, format_: str) -> None:
     message(f"{count(found.removed, 'file')} ({human(found.bytes)}) removed from {index}")
     if found.waiting:
         message(
-            f"{count(found.waiting, 'file')} ({human(found.waiting_bytes)}) stay until they are older: running "
-            "queries, scans or compactions may need them (--grace, --unfinished)"
+            f"{count(found.waiting, 'file')} ({human(found.waiting_bytes)}) stay until they are older: queries, "
+            "scans or compactions that run may need them (--grace, --unfinished)"
         )
 
 

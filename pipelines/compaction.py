@@ -17,14 +17,14 @@ import io
 import itertools
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.contents import Contents, contents, facts_of
+from pipelines.contents import Contents, Registered, contents, facts_of, members, resolve
 from pipelines.faults import crash
 from pipelines.ledger import Commit, DataFileRecord
 from pipelines.merge import MergeRule, Part, merge_keyed, merge_rows, merge_summaries
@@ -124,56 +124,129 @@ class Done:
     rows: int = 0  # of activations, rewritten
     bytes: int = 0  # written
 
+    def __add__(self, other: Done) -> Done:
+        return Done(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
 
 def compact(
-    store: Store, full: bool = True, run: Perform = perform_here, told: Callable[[Job], None] = lambda j: None
+    store: Store, run: Perform = perform_here, told: Callable[[Job], None] = lambda job: None
 ) -> Done:
-    """Compact an index until nothing is due: in tiers, then, if `full`, into a few large runs and one node.
+    """Compact an index until nothing is due: in tiers, then into a few large runs and one node.
 
     `told` is called before each job. Raises InputError where there is no index.
     """
-    done = Done()
-    while True:
-        found = contents(store)
-        job = next(due(found), None) or (next(due_fully(found), None) if full else None)
-        if job is None:
-            return done
+    found = contents(store)
+    done = catch_up(store, found.registered, run, told)
+    while (job := _due_fully(found := resolve(store, found.registered))) is not None:
         told(job)
-        files = execute(found, job, run)
-        if files is not None:
-            written = [record for records in files.values() for record in records]
-            done = Done(
-                done.runs + isinstance(job, RunJob),
-                done.nodes + isinstance(job, NodeJob),
-                done.rows + sum(record.rows for record in files.get("activations", ())),
-                done.bytes + sum(record.bytes for record in written),
-            )
+        done += _done(job, execute(found, job, run))
+    return done
+
+
+def catch_up(
+    store: Store,
+    registered: Registered,
+    run: Perform = perform_here,
+    told: Callable[[Job], None] = lambda job: None,
+) -> Done:
+    """Merge what is due in tiers anywhere."""
+    done = Done()
+    level, span = 1, FAN
+    while span <= len(registered.known):
+        found = resolve(store, registered)
+        for first in _closed(found, level, span):
+            done += settle(store, registered, level, (first, first + span), run, told)
+        level, span = level + 1, span * FAN
+    return done
+
+
+def settle(
+    store: Store,
+    registered: Registered,
+    level: int,
+    span: tuple[int, int],
+    run: Perform = perform_here,
+    told: Callable[[Job], None] = lambda job: None,
+) -> Done:
+    """Merge what is due in a closed range of a level, if anything is."""
+    done = Done()
+    for due in (_due_run, _due_node):
+        job = due(found := resolve(store, registered, span), level)
+        if job is not None:
+            told(job)
+            done += _done(job, execute(found, job, run))
+    return done
 
 
 # --- what is due
 
 
-def due(found: Contents) -> Iterator[Job]:
-    """What tiers ask for, lowest level first; only the first is sure to be due still once it is done."""
-    known = 1 + max((unit.ordinal for plan in found.plans for unit in plan.units), default=-1)
+class Tiers:
+    """Tells, commit by commit, which aligned ranges have closed."""
+
+    def __init__(self, known: int, waiting: Iterable[int]) -> None:
+        """`known` ordinals there are, from 0; `waiting` those to be committed, once for each SAE group."""
+        self._known, self._left = known, np.zeros(known, np.uint16)
+        for ordinal in waiting:
+            self._left[ordinal] += 1
+
+    def committed(self, ordinal: int) -> list[tuple[int, int, int]]:
+        """(level, first, stop) of ranges that this commit of one group closes, the lowest level first."""
+        self._left[ordinal] -= 1
+        closed: list[tuple[int, int, int]] = []
+        if self._left[ordinal]:
+            return closed
+        level, span = 1, FAN
+        while span <= self._known:
+            first = ordinal // span * span
+            if first + span > self._known or self._left[first : first + span].any():
+                break
+            closed.append((level, first, first + span))
+            level, span = level + 1, span * FAN
+        return closed
+
+
+def _closed(found: Contents, level: int, span: int) -> list[int]:
+    """Where the closed ranges of a level begin in which there may be something to merge."""
+    known = 1 + int(found.registered.known.max(initial=-1))
     waiting = without(np.sort(found.live), np.sort(found.shown))
     nodes, alone = found.summed
-    level, span = 1, FAN
-    while span <= known:
-        is_open = np.isin(np.arange(known // span), waiting // span)
-        for number in np.flatnonzero(~is_open).tolist():
-            first, stop = number * span, (number + 1) * span
-            runs = tuple(r for r in found.runs if r.level < level and _inside(r.units, first, stop))
-            units = _between(found.own, first, stop)
-            if len(runs) + len(units) >= 2:
-                yield RunJob(level, runs, units)
-            pieces = sum(first <= node.first and node.stop <= stop for node in nodes)
-            if pieces + len(_between(alone, first, stop)) >= 2:
-                yield NodeJob(level, first, stop)
-        level, span = level + 1, span * FAN
+    rows, summaries = np.zeros(known // span + 1, np.int64), np.zeros(known // span + 1, np.int64)
+    np.add.at(rows, found.own // span, 1)
+    np.add.at(rows, [r.units[0][0] // span for r in found.runs if r.level < level and r.units], 1)
+    np.add.at(summaries, alone // span, 1)
+    np.add.at(summaries, [node.first // span for node in nodes], 1)
+    busy = np.flatnonzero((rows >= 2) | (summaries >= 2))
+    busy = without(busy[busy < known // span], np.unique(waiting // span))
+    return [int(number) * span for number in busy]
 
 
-def due_fully(found: Contents) -> Iterator[Job]:
+def _due_run(found: Contents, level: int) -> RunJob | None:
+    first, stop = found.span
+    runs = tuple(
+        r for r in found.runs if r.level < level and first <= r.units[0][0] and r.units[-1][1] <= stop
+    )
+    return RunJob(level, runs, found.own) if len(runs) + len(found.own) >= 2 else None
+
+
+def _due_node(found: Contents, level: int) -> NodeJob | None:
+    nodes, alone = found.summed
+    if len(nodes) + len(alone) < 2 or _held(found):
+        return None
+    return NodeJob(level, *found.span)
+
+
+def _held(found: Contents) -> bool:
+    """Whether a node that reaches beyond the span holds."""
+    return any(
+        node.first <= found.span[0]
+        and found.span[1] <= node.stop
+        and node.members == members(found.registered.live, node.first, node.stop)
+        for node in read_nodes(found.store, found.snapshot.nodes)
+    )
+
+
+def _due_fully(found: Contents) -> Job | None:
     """What a full compaction asks for once nothing is due in tiers."""
     pieces: list[tuple[int, int, Run | None]] = [
         (run.units[0][0], _rows(run.files.get("activations", ())), run) for run in found.runs if run.units
@@ -182,7 +255,6 @@ def due_fully(found: Contents) -> Iterator[Job]:
     pieces += [(ordinal, _own_rows(list(commits), "activations"), None) for ordinal, commits in own]
     pieces.sort(key=lambda piece: piece[0])
     wanted = max(PART_ROWS, sum(rows for _, rows, _ in pieces) // PARTS)
-    retired = _retired(found)
     group: list[tuple[int, int, Run | None]] = []
     for number, piece in enumerate(pieces):
         group.append(piece)
@@ -191,17 +263,28 @@ def due_fully(found: Contents) -> Iterator[Job]:
             continue
         runs = tuple(run for _, _, run in group if run is not None)
         units = np.array([ordinal for ordinal, _, run in group if run is None], np.int64)
-        stale = len(units) or any(len(np.intersect1d(unpack(run.units), retired)) for run in runs)
-        if len(group) > 1 or stale:
-            yield RunJob(TOP, runs, units)
+        stale = any(len(np.intersect1d(unpack(run.units), found.registered.retired)) for run in runs)
+        if len(group) > 1 or len(units) or stale:
+            return RunJob(TOP, runs, units)
         group = []
     nodes, alone = found.summed
     if len(nodes) + len(alone) >= 2:
-        stop = 1 + int(found.shown.max())
-        yield NodeJob(TOP, 0, stop)
+        return NodeJob(TOP, 0, 1 + int(found.shown.max()))
+    return None
 
 
 # --- doing it
+
+
+def _done(job: Job, files: Files | None) -> Done:
+    if files is None:
+        return Done()
+    return Done(
+        int(isinstance(job, RunJob)),
+        int(isinstance(job, NodeJob)),
+        _rows(files.get("activations", ())),
+        sum(record.bytes for records in files.values() for record in records),
+    )
 
 
 def execute(found: Contents, job: Job, run: Perform = perform_here) -> Files | None:
@@ -219,7 +302,7 @@ def _merge_run(found: Contents, job: RunJob, run: Perform) -> Files | None:
         key=lambda part: part.ordinals,
     )
     inside = np.sort(np.concatenate([job.units, *(unpack(r.units) for r in job.runs)]))
-    retired = np.intersect1d(inside, _retired(found))
+    retired = np.intersect1d(inside, found.registered.retired)
     omit = frozenset(retired.tolist())
     stem = f"run-{job.level:02d}-{inside[0]:09d}-{uuid.uuid4().hex[:8]}"
     rows = sum(_rows(r.files.get("activations", ())) for r in job.runs)
@@ -260,7 +343,7 @@ def _publish_run(store: Store, made: Run, job: RunJob, began: float) -> bool:
 
 def _merge_node(found: Contents, job: NodeJob, run: Perform) -> Files | None:
     store, rule, began = found.store, _rule(found), time.monotonic()
-    nodes, alone = found.cover(job.first, job.stop)
+    nodes, alone = found.summed
     commits = found.commits_of(alone)
     parts = sorted(
         [
@@ -284,8 +367,8 @@ def _merge_node(found: Contents, job: NodeJob, run: Perform) -> Files | None:
     children: list[str] = []
     for node in nodes:  # what a full compaction made is replaced by the next one's, not kept below it
         children.extend(node.children if node.level == TOP else [node.name])
-    members = found.members(job.first, job.stop)
-    made = Node(manifest_name(stem), job.level, job.first, job.stop, members, files, tuple(children))
+    digest = members(found.shown, job.first, job.stop)
+    made = Node(manifest_name(stem), job.level, job.first, job.stop, digest, files, tuple(children))
     write_node(store, made)
     crash("compact-manifest")
     while time.monotonic() - began < MAX_AGE:
@@ -313,8 +396,9 @@ def _besides(store: Store, names: Sequence[str], made: Node) -> list[str]:
 
 def _rule(found: Contents) -> MergeRule:
     fixed = found.identity["fixed"]
-    places = np.full(1 + int(found.live.max(initial=-1)), -1, np.int64)
-    places[found.live] = np.arange(len(found.live))
+    live = found.registered.live
+    places = np.full(1 + int(live.max(initial=-1)), -1, np.int64)
+    places[live] = np.arange(len(live))
     return MergeRule(
         length=fixed["context.length"],
         top_k=fixed["top_k"],
@@ -376,22 +460,9 @@ def _write_facts(store: Store, stem: str, facts: pa.Table) -> DataFileRecord:
     return DataFileRecord(path, facts.num_rows, len(data), hashlib.blake2b(data, digest_size=16).hexdigest())
 
 
-def _retired(found: Contents) -> np.ndarray:
-    ranges = [unpack(plan.retired) for plan in found.plans]
-    return np.unique(np.concatenate([np.empty(0, np.int64), *ranges]))
-
-
 def _rows(records: Sequence[DataFileRecord]) -> int:
     return sum(record.rows for record in records)
 
 
 def _own_rows(commits: Sequence[Commit], kind: str) -> int:
     return sum(commit.files[kind].rows for commit in commits if kind in commit.files)
-
-
-def _between(ordinals: np.ndarray, first: int, stop: int) -> np.ndarray:
-    return ordinals[np.searchsorted(ordinals, first) : np.searchsorted(ordinals, stop)]
-
-
-def _inside(units: Ranges, first: int, stop: int) -> bool:
-    return bool(units) and first <= units[0][0] and units[-1][1] <= stop

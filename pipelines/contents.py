@@ -28,18 +28,16 @@ from pipelines.snapshots import Node, Run, Snapshot, newest, read_nodes, read_ru
 from pipelines.storage import Store
 from sae_runtime.errors import InputError
 
+EVERYTHING = (0, 1 << 62)
+
 
 @dataclass(frozen=True)
-class Contents:
-    """An index at one moment."""
+class Registered:
+    """What an index is of, by its plans: it changes only when a plan is added."""
 
-    store: Store
     identity: dict[str, Any]
     plans: tuple[Plan, ...]
     units: tuple[Unit, ...]  # live ones, in corpus order
-    snapshot: Snapshot
-    runs: tuple[Run, ...]
-    commits: dict[tuple[int, int], Commit]  # by (ordinal, group), of units that no run covers
 
     @property
     def groups(self) -> int:
@@ -51,9 +49,53 @@ class Contents:
         return np.fromiter((unit.ordinal for unit in self.units), np.int64, len(self.units))
 
     @cached_property
+    def known(self) -> np.ndarray:
+        """int64, ascending: ordinals of all units that ever were."""
+        return np.unique(np.fromiter((unit.ordinal for plan in self.plans for unit in plan.units), np.int64))
+
+    @cached_property
+    def retired(self) -> np.ndarray:
+        """int64, ascending: ordinals of dropped units whose data are given up."""
+        return unpack([pair for plan in self.plans for pair in plan.retired])
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An index at one moment, or the units of a span of ordinals in it."""
+
+    store: Store
+    registered: Registered
+    span: tuple[int, int]
+    snapshot: Snapshot
+    runs: tuple[Run, ...]  # those that have units in the span
+    commits: dict[tuple[int, int], Commit]  # by (ordinal, group), of units that no run covers
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.registered.identity
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        return self.registered.plans
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return self.registered.units
+
+    @property
+    def groups(self) -> int:
+        return self.registered.groups
+
+    @cached_property
+    def live(self) -> np.ndarray:
+        """int64: ordinals of live units in corpus order."""
+        return _between(self.registered.live, *self.span)
+
+    @cached_property
     def covered(self) -> np.ndarray:
         """int64, ascending: ordinals whose rows are in a run."""
-        return np.sort(np.concatenate([np.empty(0, np.int64), *(unpack(run.units) for run in self.runs)]))
+        inside = np.concatenate([np.empty(0, np.int64), *(unpack(run.units) for run in self.runs)])
+        return np.sort(_between(inside, *self.span))
 
     @cached_property
     def whole(self) -> np.ndarray:
@@ -81,32 +123,23 @@ class Contents:
 
     @cached_property
     def summed(self) -> tuple[tuple[Node, ...], np.ndarray]:
-        """The largest nodes that hold, and the shown units (ascending) whose summaries are read singly."""
-        return self.cover()
-
-    def cover(self, first: int = 0, stop: int = 1 << 62) -> tuple[tuple[Node, ...], np.ndarray]:
-        """The largest nodes within [first, stop) that hold, and the other shown units of it, ascending."""
+        """The largest nodes that hold inside the span, and the other shown units of it, ascending."""
+        first, stop = self.span
         found: list[Node] = []
         level = list(self.snapshot.nodes)
         while level:
             below: list[str] = []
             for node in read_nodes(self.store, level):
                 inside = first <= node.first and node.stop <= stop
-                if inside and node.members == self.members(node.first, node.stop):
+                if inside and node.members == members(self.shown, node.first, node.stop):
                     found.append(node)
                 elif node.first < stop and first < node.stop:
                     below.extend(node.children)
             level = below
         alone = np.sort(self.shown)
-        alone = alone[(alone >= first) & (alone < stop)]
         for node in found:
             alone = alone[(alone < node.first) | (alone >= node.stop)]
         return tuple(sorted(found, key=lambda node: node.first)), alone
-
-    def members(self, first: int, stop: int) -> str:
-        """Digest of the shown units in [first, stop) in corpus order: what a node's summaries depend on."""
-        inside = self.shown[(self.shown >= first) & (self.shown < stop)]
-        return hashlib.blake2b(inside.astype("<i8").tobytes(), digest_size=12).hexdigest()
 
     def commits_of(self, ordinals: Iterable[int]) -> list[Commit]:
         """All groups' commits of units, by ordinal and group, those that runs cover too."""
@@ -122,8 +155,8 @@ class Contents:
             return [*_of(nodes, kind), *_own(self.commits_of(alone), kind)]
         if kind not in (*ROWS, *KEYED):
             raise KeyError(kind)
-        alone = self.commits_of(self.own)
-        return [*_of(self.runs, kind), *_own(alone, "document_features" if kind == "by_document" else kind)]
+        own = self.commits_of(self.own)
+        return [*_of(self.runs, kind), *_own(own, "document_features" if kind == "by_document" else kind)]
 
     @cached_property
     def facts(self) -> pa.Table:
@@ -143,19 +176,22 @@ def contents(store: Store) -> Contents:
         several = "; several indexes at once are not supported yet" if "," in store.uri else ""
         raise InputError(f"{store.uri}: no index here (no index.json){several}; `corpuscope scan` makes one")
     plans = tuple(ledger.plans())
-    return resolve(store, identity, plans, in_corpus_order(plans))
+    return resolve(store, Registered(identity, plans, tuple(in_corpus_order(plans))))
 
 
-def resolve(
-    store: Store, identity: dict[str, Any], plans: tuple[Plan, ...], units: Sequence[Unit]
-) -> Contents:
-    """Resolve an index whose plans have been read; `units` are the live ones in corpus order."""
+def resolve(store: Store, registered: Registered, span: tuple[int, int] = EVERYTHING) -> Contents:
+    """What is committed of the units in a span of ordinals."""
     snapshot = newest(store)
-    runs = tuple(read_runs(store, snapshot.runs))
-    known = np.unique(np.fromiter((unit.ordinal for plan in plans for unit in plan.units), np.int64))
+    runs = tuple(run for run in read_runs(store, snapshot.runs) if _meets(run, *span))
     settled = [unpack(ranges) for run in runs for ranges in (run.units, run.gone)]
-    open_ = without(known, np.sort(np.concatenate([np.empty(0, np.int64), *settled])))
-    return Contents(store, identity, plans, tuple(units), snapshot, runs, Ledger(store).commits(open_))
+    settled_ordinals = np.sort(np.concatenate([np.empty(0, np.int64), *settled]))
+    open_ = without(_between(registered.known, *span), settled_ordinals)
+    return Contents(store, registered, span, snapshot, runs, Ledger(store).commits(open_))
+
+
+def members(shown: np.ndarray, first: int, stop: int) -> str:
+    """Digest of the shown units (in corpus order) in [first, stop): what a node's summaries depend on."""
+    return hashlib.blake2b(_between(shown, first, stop).astype("<i8").tobytes(), digest_size=12).hexdigest()
 
 
 def facts_of(commits: Sequence[Commit]) -> pa.Table:
@@ -188,6 +224,14 @@ def places(ordinals: np.ndarray) -> list[tuple[int, int, int]]:
     cuts = np.r_[0, np.flatnonzero(np.diff(ordinals) != 1) + 1]
     stops = np.r_[cuts[1:], len(ordinals)]
     return [(int(ordinals[a]), int(ordinals[b - 1]) + 1, int(a)) for a, b in zip(cuts, stops, strict=True)]
+
+
+def _between(ordinals: np.ndarray, first: int, stop: int) -> np.ndarray:
+    return ordinals[(ordinals >= first) & (ordinals < stop)]
+
+
+def _meets(run: Run, first: int, stop: int) -> bool:
+    return any(a < stop and first < b for a, b in (*run.units, *run.gone))
 
 
 def _of(merged: Iterable[Run | Node], kind: str) -> list[DataFileRecord]:

@@ -26,7 +26,7 @@ from pipelines.ledger import Ledger
 from pipelines.ordinals import pack, unpack
 from pipelines.registry import Plan, objects
 from pipelines.schema import DATA, KEYED, MANIFESTS, PLANS, ROWS, SNAPSHOTS
-from pipelines.snapshots import Run, read_nodes, read_runs
+from pipelines.snapshots import Node, Run, read_nodes, read_runs
 from pipelines.storage import Entry, Store
 
 READERS = 600.0
@@ -156,7 +156,7 @@ def _named(store: Store) -> set[str]:
     found = contents(store)
     needed, _ = _merged_in_use(store, found)
     runs, nodes = found.snapshot.runs, sorted(needed - set(found.snapshot.runs))
-    merged = [*read_runs(store, runs), *read_nodes(store, nodes)]
+    merged: list[Run | Node] = [*read_runs(store, runs), *read_nodes(store, nodes)]
     return needed | {r.path for each in merged for records in each.files.values() for r in records}
 
 

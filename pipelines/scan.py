@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from pipelines.contents import resolve
+from pipelines.contents import Registered, resolve
 from pipelines.estimate import check_size, estimate
 from pipelines.executors.base import Committed, Event, Executor, Failed, Progress
 from pipelines.executors.inline import InlineExecutor
@@ -281,7 +281,7 @@ def _todo(
     left = [unit.ordinal for unit in planned.units]
     commits: Container[tuple[int, int]] = ()
     if identity is not None:
-        held = resolve(store, identity, planned.plans, planned.units)
+        held = resolve(store, Registered(identity, planned.plans, planned.units))
         covered, commits = set(held.covered.tolist()), held.commits
         left = [ordinal for ordinal in left if ordinal not in covered]
     return [

@@ -61,6 +61,9 @@ class Snapshot:
 
 
 NONE = Snapshot(-1)
+# Manifests never change, and a scan that compacts as it goes asks for the same ones again and again.
+_read: dict[tuple[str, str], tuple[dict[str, Any], Files]] = {}
+_READ_MOST = 1 << 12
 
 
 def newest(store: Store) -> Snapshot:
@@ -123,17 +126,21 @@ def manifest_name(stem: str) -> str:
 
 
 def _manifests(store: Store, manifests: Sequence[str]) -> list[tuple[str, dict[str, Any], Files]]:
-    found = []
-    for name, data in zip(manifests, objects(store, manifests), strict=True):
+    found = {name: _read[store.uri, name] for name in manifests if (store.uri, name) in _read}
+    missing = [name for name in manifests if name not in found]
+    for name, data in zip(missing, objects(store, missing), strict=True):
         try:
             files = {
                 kind: tuple(DataFileRecord(**record) for record in records)
                 for kind, records in data["files"].items()
             }
-            found.append((name, data, files))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{store.uri}/{name}: damaged, not a manifest") from error
-    return found
+        found[name] = data, files
+        if len(_read) >= _READ_MOST:
+            _read.clear()
+        _read[store.uri, name] = data, files
+    return [(name, *found[name]) for name in manifests]
 
 
 def _named(files: Files) -> dict[str, Any]:
