@@ -342,8 +342,8 @@ def gc(index: str, grace: float, unfinished: float, format_: str) -> None:
     message(f"{count(found.removed, 'file')} ({human(found.bytes)}) removed from {index}")
     if found.waiting:
         message(
-            f"{count(found.waiting, 'file')} ({human(found.waiting_bytes)}) stay until they are older: queries, "
-            "scans or compactions that run may need them (--grace, --unfinished)"
+            f"{count(found.waiting, 'file')} ({human(found.waiting_bytes)}) stay until they are older, as "
+            "queries, scans or compactions that run may need them (--grace, --unfinished)"
         )
 
 
