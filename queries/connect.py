@@ -21,6 +21,7 @@ from pipelines.ledger import Commit, Ledger, Plan, in_corpus_order
 from pipelines.schema import (
     KINDS,
     LOCAL_MAX,
+    SAMPLE_BITS,
     SCHEMAS,
     VOCABULARY,
     VOCABULARY_SCHEMA,
@@ -168,6 +169,7 @@ def _values(store: Store, found: Snapshot) -> dict[str, str]:
         "window": str(WINDOW),
         "seeds": table([(sae["id"], sample_seed(sae["id"])) for sae in saes], _SEED_COLUMNS),
         "local_max": str(LOCAL_MAX),
+        "sample_bits": str(SAMPLE_BITS),
         "top_k": str(fixed["top_k"]),
         "sample_k": str(fixed["sample_k"]),
         "not_kept_tokens": texts(sae["id"] for sae in saes if sae["keep"] != "tokens"),
