@@ -18,14 +18,16 @@ import pyarrow as pa
 import torch
 
 from pipelines.registry import Unit
-from pipelines.schema import LOCAL_BITS, SCHEMAS, key
+from pipelines.schema import LOCAL_BITS, SAMPLE_BITS, SCHEMAS, key
 from pipelines.writer import UnitWriter, sae_column, windows_column, windows_index
 from sae_runtime.bfloat import to_float
 from sae_runtime.encode import Sparse
+from sae_runtime.errors import DataError
 from sae_runtime.sae import SaeInfo
 from sae_runtime.summaries import Arena, Chunk, Summary
 
 _ENDING = np.uint64((1 << 48) - 1)  # bits of an ending's hash that are kept
+_WORD = (1 << 64) - 1
 _STRATA = 1 << 9  # more than there are, so that feature * _STRATA + stratum orders by both
 _OFFSETS = SCHEMAS["top_contexts"].field("offsets").type
 _VALUES = SCHEMAS["top_contexts"].field("values").type
@@ -119,7 +121,10 @@ def _window(
 
 
 class Moments:
-    """Counted tokens where an SAE reads, and sums over the sampled ones of what it reconstructs, float64."""
+    """Counted tokens where an SAE reads, and sums over the sampled ones of what it reconstructs.
+
+    They are float64 inside a unit, whose order of work is fixed, and fixed point from there on.
+    """
 
     def __init__(self, width: int) -> None:
         self.counted = 0
@@ -134,6 +139,23 @@ class Moments:
         self.tokens += len(sample)
         self.sum += sample.sum(dim=0).numpy()
         self.squares += float(sample.square().sum())
+
+    def columns(self, error: float) -> dict[str, list[Any]]:
+        """The unit's sums as the `saes` kind has them; `error` is the sum of squared errors.
+
+        DataError where one cannot be held: a component's sum of 2^39 or more, infinity or NaN.
+        """
+        scaled = np.rint(np.ldexp(self.sum, SAMPLE_BITS))
+        if not (np.abs(scaled) < 2.0**63).all() or not np.isfinite([self.squares, error]).all():
+            raise DataError("activations, or an SAE's reconstruction of them, are too large to be summed")
+        squares, errors = (round(total * 2.0**SAMPLE_BITS) for total in (self.squares, error))
+        return {
+            "sample_sum": [scaled.astype(np.int64)],
+            "squares_high": [squares >> 64],
+            "squares_low": [squares & _WORD],
+            "error_high": [errors >> 64],
+            "error_low": [errors & _WORD],
+        }
 
     def fvu(self, error: float) -> float | None:
         """The fraction of variance unexplained by a reconstruction with this sum of squared errors."""

@@ -12,6 +12,8 @@ Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit
 rows is context * context length + position. Dense ordinals keep the position column small (design
 note: 3.2 bytes a row at density 1e-5, against 6.2 with hashed keys).
 Every data file is sorted by (sae, feature, ...) within runs of row groups; no row group has two SAEs.
+Merged files (pipelines/merge.py) are data/<kind>/<stem>-<number>.parquet, of the same columns; two kinds
+are found among them alone: by_document, and sampled_merged in place of sampled_contexts.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import pyarrow as pa
 FORMAT = 3
 LOCAL_BITS = 20
 LOCAL_MAX = 1 << LOCAL_BITS
+SAMPLE_BITS = 24  # sums over the sample are in units of 2^-24
 WINDOW = 64  # positions on either side of a maximum; sae_runtime/summaries.py gathers as many
 
 INDEX = "index.json"
@@ -50,6 +53,16 @@ def _full(columns: Iterable[Any]) -> pa.Schema:
     return pa.schema([field.with_nullable(field.name in windows) for field in pa.schema(columns)])
 
 
+_DOCUMENT_FEATURES = _full(
+    [
+        _SAE,
+        _FEATURE,
+        ("document", pa.int64()),
+        ("n_tokens", pa.int32()),
+        ("max", pa.float32()),
+        ("sum", pa.float64()),
+    ]
+)
 VOCABULARY_SCHEMA = pa.schema([("token", pa.int32()), ("text", pa.string()), ("bytes", pa.binary())])
 
 # Per unit and SAE group, except documents, segments and contexts: per unit, written with group 0.
@@ -76,16 +89,8 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
     "activations": _full([_SAE, _FEATURE, ("token", pa.int64()), ("activation", pa.float32())]),
-    "document_features": _full(
-        [
-            _SAE,
-            _FEATURE,
-            ("document", pa.int64()),
-            ("n_tokens", pa.int32()),
-            ("max", pa.float32()),
-            ("sum", pa.float64()),
-        ]
-    ),
+    "document_features": _DOCUMENT_FEATURES,
+    "by_document": _DOCUMENT_FEATURES,  # once more, by document, SAE and feature: merged files only
     # Features active in the unit only. sum = (high * 2^64 + low) / 2^64; squares the same over 2^56.
     "features": _full(
         [
@@ -112,17 +117,30 @@ SCHEMAS: dict[str, pa.Schema] = {
     "sampled_contexts": _full(
         [_SAE, _FEATURE, ("stratum", pa.int32()), ("population", pa.int64()), *_WINDOW]
     ),
-    # One row an SAE. The sample is every 64th counted token of the unit.
+    # The same in merged files, with the hash: a unit's `place_hash` need not be read again.
+    "sampled_merged": _full(
+        [
+            _SAE,
+            _FEATURE,
+            ("stratum", pa.int32()),
+            ("population", pa.int64()),
+            ("hash", pa.uint64()),
+            *_WINDOW,
+        ]
+    ),
+    # One row an SAE. The sample is every 64th counted token of the unit. Sums are rounded once a unit.
     "saes": pa.schema(
         [
             ("sae", pa.string()),
-            ("unit", pa.int64()),  # its ordinal
+            ("unit", pa.int64()),  # its ordinal; of merged units the first one's
             ("n_tokens", pa.int64()),  # counted
             ("n_active", pa.int64()),  # active (feature, token) pairs
             ("sample_tokens", pa.int64()),
-            ("sample_sum", pa.list_(pa.float64())),  # of x, [d_in]
-            ("sample_squares", pa.float64()),  # of |x|^2
-            ("sample_error", pa.float64()),  # of |x - x_hat|^2
+            ("sample_sum", pa.list_(pa.int64())),  # of x, [d_in], in units of 2^-24
+            ("squares_high", pa.int64()),  # of |x|^2: (high * 2^64 + low) / 2^24
+            ("squares_low", pa.uint64()),
+            ("error_high", pa.int64()),  # of |x - x_hat|^2, the same
+            ("error_low", pa.uint64()),
         ]
     ),
 }

@@ -68,7 +68,7 @@ def status(uri: str) -> Status:
         documents=total["documents"],
         tokens=total["tokens"],
         quarantined=0,
-        bytes=sum(file.bytes for kind in KINDS for file in held.files(kind)),
+        bytes=sum({file.path: file.bytes for kind in KINDS for file in held.files(kind)}.values()),
         last_commit=None if last is None else time.time() - last,
         errors=tuple(dict.fromkeys(errors[unit] for unit in errors if unit in failed)),
     )

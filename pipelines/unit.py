@@ -392,9 +392,7 @@ class _UnitScan:
                 "n_tokens": [moments.counted],
                 "n_active": [int(sae.summary.counts.tokens.sum())],
                 "sample_tokens": [moments.tokens],
-                "sample_sum": [moments.sum.tolist()],
-                "sample_squares": [moments.squares],
-                "sample_error": [sae.error],
+                **moments.columns(sae.error),
             },
         )
 

@@ -31,14 +31,16 @@ _WINDOW = {
     "offsets.list.element": _DELTA,
     "values.list.element": _SPLIT,
 }
+_DOCUMENT_FEATURES = {
+    "feature": _DELTA,
+    "document": _DELTA,
+    **dict.fromkeys(("n_tokens", "max", "sum"), _SPLIT),
+}
 # The smallest of each that was measured; a column that is not named has a dictionary, a list plain values.
 _ENCODINGS = {
     "activations": {"feature": "PLAIN", "token": _DELTA, "activation": _SPLIT},  # runs are left to zstd
-    "document_features": {
-        "feature": _DELTA,
-        "document": _DELTA,
-        **dict.fromkeys(("n_tokens", "max", "sum"), _SPLIT),
-    },
+    "document_features": _DOCUMENT_FEATURES,
+    "by_document": _DOCUMENT_FEATURES,
     "features": {
         "feature": _DELTA,
         **dict.fromkeys(("n_tokens", "n_contexts", "n_documents"), _SPLIT),
@@ -47,6 +49,7 @@ _ENCODINGS = {
     },
     "top_contexts": _WINDOW,
     "sampled_contexts": _WINDOW,
+    "sampled_merged": {**_WINDOW, "hash": "PLAIN"},
 }
 
 
@@ -74,7 +77,7 @@ class UnitWriter:
             return
         if kind not in self._open:
             stream = self._store.create(f"{DATA}/{kind}/{self._name}")
-            self._open[kind] = stream, pq.ParquetWriter(stream, schema, **_options(kind, schema))
+            self._open[kind] = stream, pq.ParquetWriter(stream, schema, **parquet_options(kind, schema))
             self._rows[kind] = 0
         self._open[kind][1].write_table(table, row_group_size=ROWS_PER_GROUP)
         self._rows[kind] += table.num_rows
@@ -120,7 +123,8 @@ def _array(values: Any, field: pa.Field) -> pa.Array:
     return values if isinstance(values, pa.Array) else pa.array(values, field.type)
 
 
-def _options(kind: str, schema: pa.Schema) -> dict[str, Any]:
+def parquet_options(kind: str, schema: pa.Schema) -> dict[str, Any]:
+    """What a ParquetWriter of a kind's files is given."""
     encodings = _ENCODINGS.get(kind, {})
     plain = {path.split(".")[0] for path in encodings}
     return {

@@ -22,6 +22,7 @@ from pipelines.schema import (
     KEYED,
     KINDS,
     LOCAL_MAX,
+    SAMPLE_BITS,
     SCHEMAS,
     VOCABULARY,
     VOCABULARY_SCHEMA,
@@ -112,7 +113,7 @@ def _values(found: Contents) -> dict[str, str]:
         **SCHEMAS,
         "documents": documents_schema({column: metadata_type(kind) for column, kind in metadata.items()}),
     }
-    ordinals = dict.fromkeys(("document_features", *KEYED), f"document // {LOCAL_MAX}")
+    ordinals = dict.fromkeys(("document_features", "by_document", *KEYED), f"document // {LOCAL_MAX}")
     ordinals["activations"] = f"token // {fixed['context.length'] * LOCAL_MAX}"
     relations = {
         kind: without(
@@ -136,6 +137,7 @@ def _values(found: Contents) -> dict[str, str]:
         "window": str(WINDOW),
         "seeds": table([(sae["id"], sample_seed(sae["id"])) for sae in saes], _SEED_COLUMNS),
         "local_max": str(LOCAL_MAX),
+        "sample_bits": str(SAMPLE_BITS),
         "top_k": str(fixed["top_k"]),
         "sample_k": str(fixed["sample_k"]),
         "not_kept_tokens": texts(sae["id"] for sae in saes if sae["keep"] != "tokens"),

@@ -59,15 +59,13 @@ FROM (
 )
 WHERE error(why) IS NULL;
 
--- Reconstruction error and L0. Lists are added in unit order, so that doubles add up alike each time.
+-- Reconstruction error and L0. Components are added in their order, so that doubles add up alike each time.
 CREATE VIEW saes AS
-WITH parts AS (
-    SELECT s.*, u.place FROM $saes AS s JOIN _units AS u ON u.ordinal = s.unit
-), means AS (
+WITH means AS (
     SELECT sae, list_aggregate(list(component ORDER BY i), 'sum') AS squared_sum
     FROM (
-        SELECT sae, i, pow(list_aggregate(list(x ORDER BY place), 'sum'), 2) AS component
-        FROM (SELECT sae, place, unnest(sample_sum) AS x, generate_subscripts(sample_sum, 1) AS i FROM parts)
+        SELECT sae, i, pow(_fixed(0, sum(x), $sample_bits), 2) AS component
+        FROM (SELECT sae, unnest(sample_sum) AS x, generate_subscripts(sample_sum, 1) AS i FROM $saes)
         GROUP BY sae, i
     )
     GROUP BY sae
@@ -77,9 +75,9 @@ WITH parts AS (
         sum(n_tokens)::BIGINT AS n_tokens,
         sum(n_active)::BIGINT AS n_active,
         sum(sample_tokens)::BIGINT AS sample_tokens,
-        list_aggregate(list(sample_squares ORDER BY place), 'sum') AS squares,
-        list_aggregate(list(sample_error ORDER BY place), 'sum') AS error
-    FROM parts
+        _fixed(sum(squares_high), sum(squares_low), $sample_bits) AS squares,
+        _fixed(sum(error_high), sum(error_low), $sample_bits) AS error
+    FROM $saes
     GROUP BY sae
 )
 SELECT
@@ -174,7 +172,7 @@ FROM unlike
 QUALIFY row_number() OVER (PARTITION BY sae, feature ORDER BY abs(activation) DESC, place) <= $top_k;
 
 -- A sample's hash is made of its context's place and its feature as sae_runtime/summaries.py does it, so that
--- files need not hold it.
+-- a unit's files need not hold it; merged ones do.
 CREATE VIEW _sampled_contexts AS
 WITH salted AS (
     SELECT s.*, _wrapped(e.seed + _times(s.feature, 11400714819323198485)) AS h
@@ -184,14 +182,18 @@ WITH salted AS (
     FROM (SELECT * REPLACE (_mixed(h, 27, 10723151780598845931) AS h)
     FROM (SELECT * REPLACE (_mixed(h, 30, 13787848793156543929) AS h) FROM salted))
 ), placed AS (
-    SELECT s.* REPLACE (xor(s.h, c.place_hash) AS h), u.place * $local_max + s.context % $local_max AS place
+    SELECT s.* REPLACE (xor(s.h, c.place_hash) AS h)
     FROM salts AS s
     JOIN $contexts AS c ON c.context = s.context
-    JOIN _units AS u ON u.ordinal = s.context // $local_max
-), drawn AS (
+), hashed AS (
     SELECT * EXCLUDE (h), xor(h, h >> 31) AS hash
     FROM (SELECT * REPLACE (_mixed(h, 27, 10723151780598845931) AS h)
     FROM (SELECT * REPLACE (_mixed(h, 30, 13787848793156543929) AS h) FROM placed))
+    UNION ALL BY NAME
+    SELECT * FROM $sampled_merged
+), drawn AS (
+    SELECT h.*, u.place * $local_max + h.context % $local_max AS place
+    FROM hashed AS h JOIN _units AS u ON u.ordinal = h.context // $local_max
 )
 SELECT
     sae, feature, stratum,
