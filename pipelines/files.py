@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
-
 from pipelines import readers
 from pipelines.spec import CorpusSource
+from pipelines.storage import open_filesystem
 from sae_runtime.errors import DataError, InputError, one_line
 
 ENDINGS = {
@@ -53,7 +52,7 @@ def list_files(sources: Sequence[CorpusSource]) -> list[SourceFile]:
 
 def check_unchanged(file: SourceFile, digest: str) -> None:
     """DataError if a file's bytes are no longer those of `digest`; they are read only if its stamp moved."""
-    fs, path = fsspec.core.url_to_fs(file.uri)
+    fs, path = open_filesystem(file.uri)
     fs.invalidate_cache()
     info = _info(fs, path)
     if info is not None and (info.get("size") or 0, _stamp(info)) == (file.size, file.stamp):
@@ -90,7 +89,7 @@ def _source_files(index: int, source: CorpusSource) -> list[SourceFile]:
 def _matches(uri: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(URI, relative path, fsspec's info) of each file that a URI or glob names."""
     try:
-        fs, pattern = fsspec.core.url_to_fs(uri)
+        fs, pattern = open_filesystem(uri)
         fs.invalidate_cache()
         exact = _info(fs, pattern)  # first: a name may hold a bracket, and a URL a question mark
         glob = exact is None and any(sign in pattern for sign in "*?[")

@@ -27,11 +27,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from pipelines.storage import open_filesystem
 from sae_runtime.errors import DataError, InputError, one_line
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def reading(path: str) -> Iterator[None]:
 @contextlib.contextmanager
 def open_stored(uri: str) -> Iterator[IO[bytes]]:
     """The file's bytes as stored, from the start. Raises OSError."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = open_filesystem(uri)
     with fs.open(path, "rb") as stream:
         yield stream
 

@@ -1,43 +1,71 @@
 """The one storage door: every byte of an index is read and written here, on any fsspec filesystem.
 
 Invariant: `put_if_absent` is atomic and crash-safe (a reader sees the whole object or none), and its
-answer is true for exactly one caller. fsspec's own local `mode="create"` is exists-then-write, so
-local disk goes through a temporary sibling, fsync and `os.link`; a filesystem without a conditional
-write is refused rather than degraded to last-writer-wins.
+answer is true for exactly one caller; no name reaches outside the folder that was opened. fsspec's own
+local `mode="create"` is exists-then-write, so local disk goes through a temporary sibling, fsync and
+`os.link`; a filesystem without a conditional write is refused rather than degraded to last-writer-wins.
+Faults of S3 are waited out below this door (`s3.py`); gcsfs and adlfs have retries of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import hashlib
+import importlib.util
 import inspect
 import io
 import os
 import threading
-import time
 import uuid
-from collections.abc import Iterator
-from typing import IO, Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from sae_runtime.errors import InputError, one_line
 
 _CONDITIONAL = {"s3", "s3a", "gs", "gcs", "abfs", "az"}  # their `mode="create"` is a conditional write
 _LOST = {"PreconditionFailed", "412"}  # from servers that leave out which condition, as s3fs wants it
-_CONFLICT = {"ConditionalRequestConflict", "409"}  # S3: two creations met, neither is done; try again
-_CONFLICT_TRIES = 8
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _ERRNO = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # of fsspec's info, best first
+_SIDE_BY_SIDE = 32  # requests for small objects
+_READ_AHEAD = 1 << 20  # bytes asked for at once of a remote stream; larger reads go through as they are
 _memory_lock = threading.Lock()
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object of a listing."""
+
+    name: str  # relative to the folder that was listed
+    size: int  # bytes
+    modified: float  # seconds, by the store's own clock
+
+
+def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
+    """fsspec's filesystem and path of `uri`; of S3, one that waits faults out. ValueError, ImportError."""
+    if ("s3://" in uri or "s3a://" in uri) and importlib.util.find_spec("s3fs"):
+        from pipelines import s3  # noqa: F401  makes it what fsspec opens; slow to import
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs, cast(str, path)
 
 
 class DataFile(io.RawIOBase):
     """A data file being written: counts and digests its bytes, reaches the disk when closed."""
 
-    def __init__(self, stream: IO[Any], sync: bool) -> None:
-        self._stream, self._sync = stream, sync
+    def __init__(self, stream: IO[Any], finish: Callable[[IO[Any]], None], drop: Callable[[IO[Any]], None]):
+        """`finish` makes the object of what was written, `drop` ends without one."""
+        self._stream, self._finish, self._drop = stream, finish, drop
+        self._discarded = False
         self._digest = hashlib.blake2b(digest_size=16)
         self.bytes = 0
 
@@ -49,7 +77,8 @@ class DataFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
-        self._stream.write(view)
+        if not self._discarded:  # a Parquet writer that is closed afterwards has a footer to write
+            self._stream.write(view)
         self._digest.update(view)
         self.bytes += view.nbytes
         return view.nbytes
@@ -57,11 +86,17 @@ class DataFile(io.RawIOBase):
     def close(self) -> None:
         if self.closed:
             return
-        if self._sync:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        self._stream.close()
+        if not self._discarded:
+            self._finish(self._stream)
         super().close()
+
+    def discard(self) -> None:
+        """End without leaving an object. Never raises: what cannot be tidied away, no commit names."""
+        if self.closed or self._discarded:
+            return
+        self._discarded = True
+        with contextlib.suppress(Exception):  # each filesystem has errors of its own
+            self._drop(self._stream)
 
     @property
     def digest(self) -> str:
@@ -70,88 +105,228 @@ class DataFile(io.RawIOBase):
 
 
 class Store:
-    """A folder on a filesystem. Paths are relative to it, with forward slashes."""
+    """A folder on a filesystem. Names are relative to it, with forward slashes.
+
+    A name that is absolute, or has `..` or an empty part, is an InputError wherever one is given: names
+    come out of files too. Objects whose last part begins with a dot are in no listing.
+    """
 
     def __init__(self, uri: str) -> None:
         """Open the folder at `uri`, which need not exist. InputError for an unknown scheme."""
         try:
-            self.fs, root = fsspec.core.url_to_fs(uri)
+            self.fs, root = open_filesystem(uri)
         except (ValueError, ImportError) as error:
             raise InputError(f"index {uri}: {one_line(error)}") from error
         self.uri = uri
-        self.root = cast(str, root).rstrip("/")
+        self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
         """The filesystem's own path of `name`."""
+        # s3fs reads a version out of a key; no object of ours has one.
+        if "\0" in name or "?versionId=" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise InputError(f"index {self.uri}: {name!r} cannot be a name inside an index")
         return f"{self.root}/{name}"
 
     def url(self, name: str) -> str:
         """`name` as DuckDB opens it: a plain path on local disk, else with its scheme."""
-        return self.path(name) if self.local else self.fs.unstrip_protocol(self.path(name))
+        return self.path(name) if self.local else cast(str, self.fs.unstrip_protocol(self.path(name)))
+
+    # --- reading
 
     def read(self, name: str) -> bytes:
         """The whole object. Raises FileNotFoundError."""
-        self.fs.invalidate_cache()
+        path = self.path(name)
+        if self.local:
+            with open(path, "rb") as stream:
+                return stream.read()
         with self._naming(name):
-            return cast(bytes, self.fs.cat_file(self.path(name)))
+            return cast(bytes, self.fs.cat_file(path))
+
+    def read_many(self, items: Sequence[str]) -> list[bytes]:
+        """Whole objects, fetched side by side from a remote store. Raises FileNotFoundError."""
+        return [self.read(name) for name in items] if self.local else _side_by_side(self.read, items)
+
+    def open(self, name: str) -> IO[bytes]:
+        """A seekable stream for one thread at a time. Raises FileNotFoundError."""
+        if self.local:
+            return open(self.path(name), "rb")
+        raw = _Ranges(lambda start, stop: self._range(name, start, stop), self.size(name))
+        return cast(IO[bytes], io.BufferedReader(raw, _READ_AHEAD))
+
+    def _range(self, name: str, start: int, stop: int) -> bytes:
+        with self._naming(name):
+            return bytes(self.fs.cat_file(self.path(name), start=start, end=stop))
 
     def exists(self, name: str) -> bool:
+        """Whether there is such an object or folder."""
+        path = self.path(name)
         self.fs.invalidate_cache()
         with self._naming(name):
-            return bool(self.fs.exists(self.path(name)))
+            return bool(self.fs.exists(path))
+
+    def size(self, name: str) -> int:
+        """Bytes of an object. Raises FileNotFoundError."""
+        return int(self._info(name)["size"])
+
+    def modified(self, name: str) -> float:
+        """When an object was written: seconds, by the store's own clock. Raises FileNotFoundError."""
+        return _time(self._info(name))
+
+    def now(self) -> float:
+        """The store's own clock: seconds since the epoch, as `modified` has them; S3 drops the fraction.
+
+        It is read off an object that is written for it, hidden from listings.
+        """
+        probe = f".clock-{uuid.uuid4().hex}"
+        self.write(probe, b"")
+        try:
+            return self.modified(probe)
+        finally:
+            self.remove([probe])
+
+    def _info(self, name: str) -> dict[str, Any]:
+        path = self.path(name)
+        self.fs.invalidate_cache()
+        with self._naming(name):
+            found: dict[str, Any] = self.fs.info(path)
+            if found["type"] == "directory":
+                raise FileNotFoundError(errno.ENOENT, "there is a folder, not an object", path)
+            return found
+
+    # --- listing; `folder` may be "", the whole store
 
     def entries(self, folder: str) -> list[str]:
         """Names of the objects under `folder` (relative to it), sorted; empty if there is none."""
+        return sorted(self._walk(folder)) if self.local else [entry.name for entry in self._find(folder)]
+
+    def details(self, folder: str) -> list[Entry]:
+        """The same objects with their size and time."""
+        if not self.local:
+            return self._find(folder)
+        found = []
+        for name in sorted(self._walk(folder)):
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                state = os.stat(os.path.join(self._folder(folder), name))
+                found.append(Entry(name, state.st_size, state.st_mtime))
+        return found
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders directly inside `folder`, sorted; empty if there is none."""
+        base = self._folder(folder)
         self.fs.invalidate_cache()
-        base = self.path(folder)
         try:
             with self._naming(folder):
-                found = self.fs.find(base)
+                found = self.fs.ls(base, detail=True)
         except FileNotFoundError:
             return []
-        skip = len(base) + 1
-        return sorted(p[skip:] for p in found if not p.rsplit("/", 1)[-1].startswith("."))
+        names = {item["name"].rstrip("/").rsplit("/", 1)[-1] for item in found if item["type"] == "directory"}
+        return sorted(name for name in names if not name.startswith("."))
+
+    def _folder(self, folder: str) -> str:
+        return self.path(folder) if folder else self.root
+
+    def _walk(self, folder: str) -> Iterator[str]:
+        """Local objects under `folder`; a file or folder that goes away meanwhile is left out."""
+
+        def failed(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        base = self._folder(folder)
+        for place, _, files in os.walk(base, onerror=failed):
+            inside = place[len(base) + 1 :].replace(os.sep, "/")
+            for file in files:
+                if not file.startswith("."):
+                    yield f"{inside}/{file}" if inside else file
+
+    def _find(self, folder: str) -> list[Entry]:
+        base = self._folder(folder)
+        self.fs.invalidate_cache()
+        try:
+            with self._naming(folder):
+                found = self.fs.find(base, detail=True)
+        except FileNotFoundError:
+            return []
+        entries = [
+            Entry(path[len(base) + 1 :], int(info["size"]), _time(info))
+            for path, info in found.items()
+            if path.startswith(f"{base}/") and not path.rsplit("/", 1)[-1].startswith(".")
+        ]
+        return sorted(entries, key=lambda entry: entry.name)
+
+    # --- writing
 
     def write(self, name: str, data: bytes) -> None:
         """Write or replace an object; on local disk by rename, so no reader sees half of it."""
-        if not self.local:
-            with self._naming(name):
-                self.fs.pipe_file(self.path(name), data)
+        path = self.path(name)
+        if self.local:
+            with self._sibling(path, data) as temporary:
+                os.replace(temporary, path)
             return
-        temporary = self._write_sibling(name, data)
-        os.replace(temporary, self.path(name))
-
-    def read_many(self, items: list[str]) -> list[bytes]:
-        """Whole objects, fetched side by side where the filesystem can."""
-        if not items:
-            return []
-        with self._naming(items[0]):
-            found = self.fs.cat([self.path(name) for name in items])
-        return [cast(bytes, found[self.path(name)]) for name in items]
+        with self._naming(name):
+            self.fs.pipe_file(path, data)
 
     def create(self, name: str) -> DataFile:
         """A stream for a new object of an attempt-unique name."""
+        path = self.path(name)
         if self.local:
-            os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
-            return DataFile(open(self.path(name), "xb"), sync=True)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            return DataFile(open(path, "xb"), _to_disk, _off_disk)
+
+        def finish(stream: IO[Any]) -> None:
+            with self._naming(name):
+                stream.close()
+
+        def drop(stream: Any) -> None:
+            try:
+                stream.discard()  # an upload in parts is called off
+            finally:
+                stream.closed = True  # else it is uploaded when it is collected
+            if _protocol(self.fs) == "memory":
+                self.fs.rm_file(path)
+
         with self._naming(name):
-            return DataFile(self.fs.open(self.path(name), "wb"), sync=False)
+            return DataFile(self.fs.open(path, "wb"), finish, drop)
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove objects, many at once where the filesystem can. One that is missing is no error."""
+        paths = [self.path(name) for name in names]
+        if not paths:
+            return
+        if hasattr(self.fs, "remove_objects"):
+            with self._naming(names[0]):
+                self.fs.remove_objects(paths)
+            return
+
+        def remove(name: str) -> None:
+            with contextlib.suppress(FileNotFoundError), self._naming(name):
+                (os.unlink if self.local else self.fs.rm_file)(self.path(name))
+
+        if self.local:
+            for name in names:
+                remove(name)
+        else:
+            _side_by_side(remove, names)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Create the object unless one is there. True for the caller who created it.
+        """Create the object unless one is there. True for the caller who created it, and only for that one.
 
-        A lost answer (the write was applied, the reply was not received) is told apart from a lost
-        race by reading the object back. Raises InputError where the filesystem cannot do this.
+        A lost answer (the write was applied, the reply was not received) is told apart from a lost race
+        by reading the object back, so `data` must be like no other caller's: put an attempt id in. When
+        several write the same bytes and an answer is lost, each of them may be told True.
+        Raises InputError where the filesystem cannot do this, and an OSError where no answer came in time:
+        the object may be there then.
         """
+        path = self.path(name)
         if self.local:
-            return self._link_if_absent(name, data)
-        protocol = self.fs.protocol if isinstance(self.fs.protocol, str) else self.fs.protocol[0]
+            return self._link_if_absent(path, data)
+        protocol = _protocol(self.fs)
         if protocol == "memory":
             with _memory_lock:
-                if self.fs.exists(self.path(name)):
+                if self.fs.exists(path):
                     return False
-                self.fs.pipe_file(self.path(name), data)
+                self.fs.pipe_file(path, data)
                 return True
         if protocol not in _CONDITIONAL:
             raise InputError(
@@ -165,23 +340,48 @@ class Store:
                 "atomically; upgrade it"
             )
         with self._naming(name):
-            return self._create_remote(name, data)
-
-    def _create_remote(self, name: str, data: bytes) -> bool:
-        for attempt in range(_CONFLICT_TRIES):
             try:
-                self.fs.pipe_file(self.path(name), data, mode="create")
+                self.fs.pipe_file(path, data, mode="create")
                 return True
             except FileExistsError:
-                break
+                pass
             except OSError as error:
-                code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
-                if code in _LOST:
-                    break
-                if code not in _CONFLICT or attempt + 1 == _CONFLICT_TRIES:
+                if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") not in _LOST:
                     raise
-                time.sleep(0.05 * 2**attempt)
-        return self.read(name) == data
+            return self.read(name) == data
+
+    def _link_if_absent(self, path: str, data: bytes) -> bool:
+        with self._sibling(path, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                # An NFS client asks again when an answer is lost, and finds the link that it made.
+                return os.stat(temporary).st_nlink > 1
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                raise InputError(
+                    f"index {self.uri}: this disk has no hard links, so commits would not be safe; "
+                    "use another disk, s3://, gs:// or abfs://"
+                ) from error
+        _sync_folder(os.path.dirname(path))
+        return True
+
+    @contextlib.contextmanager
+    def _sibling(self, path: str, data: bytes) -> Iterator[str]:
+        """A hidden file with `data`, on the disk, in the folder of `path`; it is gone afterwards."""
+        folder = os.path.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        temporary = os.path.join(folder, f".{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "xb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            yield temporary
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
 
     @contextlib.contextmanager
     def _naming(self, name: str) -> Iterator[None]:
@@ -204,26 +404,63 @@ class Store:
             kind = PermissionError if "Credential" in type(error).__name__ else ConnectionError
             raise kind(f"index {self.uri}: {one_line(error)}") from error
 
-    def _link_if_absent(self, name: str, data: bytes) -> bool:
-        temporary = self._write_sibling(name, data)
-        try:
-            os.link(temporary, self.path(name))
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(temporary)
-        _sync_folder(os.path.dirname(self.path(name)))
+
+class _Ranges(io.RawIOBase):
+    """A remote object as a seekable stream: each read asks for its bytes."""
+
+    def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
+        self._fetch, self._size, self._at = fetch, size, 0
+
+    def readable(self) -> bool:
         return True
 
-    def _write_sibling(self, name: str, data: bytes) -> str:
-        folder, base = os.path.split(self.path(name))
-        os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, f".{base}.{uuid.uuid4().hex[:8]}")
-        with open(temporary, "xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        return temporary
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, (0, self._at, self._size)[whence] + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._size, self._at + len(buffer))
+        data = self._fetch(self._at, stop) if stop > self._at else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _side_by_side(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    if not items:
+        return []
+    with ThreadPoolExecutor(min(_SIDE_BY_SIDE, len(items))) as pool:
+        return list(pool.map(function, items))
+
+
+def _protocol(fs: AbstractFileSystem) -> str:
+    return cast(str, fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0])
+
+
+def _time(info: dict[str, Any]) -> float:
+    """When an object was written, of fsspec's info: seconds since the epoch."""
+    found = next(info[key] for key in _TIMES if info.get(key))
+    if isinstance(found, str):  # gcsfs
+        found = datetime.datetime.fromisoformat(found.replace("Z", "+00:00"))
+    return float(found.timestamp() if isinstance(found, datetime.datetime) else found)
+
+
+def _to_disk(stream: IO[Any]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()
+    _sync_folder(os.path.dirname(stream.name))
+
+
+def _off_disk(stream: IO[Any]) -> None:
+    stream.close()
+    os.unlink(stream.name)
 
 
 def _sync_folder(folder: str) -> None:

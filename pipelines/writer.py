@@ -93,8 +93,9 @@ class UnitWriter:
         return records
 
     def abandon(self) -> None:
-        """Close without a record; `gc` removes what no commit names."""
+        """End without a record and, where that is quick, without the files; `gc` removes what is left."""
         for stream, writer in self._open.values():
+            stream.discard()
             writer.close()
             stream.close()
 
