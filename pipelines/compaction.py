@@ -27,7 +27,10 @@ import pyarrow.parquet as pq
 from pipelines.contents import Contents, Registered, contents, facts_of, members, resolve
 from pipelines.faults import crash
 from pipelines.ledger import Commit, DataFileRecord
-from pipelines.merge import MergeRule, Part, merge_keyed, merge_rows, merge_summaries
+from pipelines.merge import MergeRule, Part
+from pipelines.merge_keyed import merge_keyed
+from pipelines.merge_rows import merge_rows
+from pipelines.merge_summaries import merge_summaries
 from pipelines.ordinals import Ranges, pack, unpack, without
 from pipelines.schema import DATA, UNIT_FACTS, UNITS
 from pipelines.snapshots import (
@@ -104,10 +107,10 @@ def perform(task: Task) -> dict[str, list[DataFileRecord]]:
     """Do a task: its files are written, and named by nothing yet."""
     store = Store(task.index)
     if task.what == "keyed":
-        return merge_keyed(store, task.parts, task.rule, task.stem, task.omit)
+        return merge_keyed(store, task.parts, task.rule, task.stem, task.omit, crash)
     if task.what == "rows":
-        return merge_rows(store, task.parts, task.saes, task.rule, task.stem, task.omit)
-    return merge_summaries(store, task.parts, task.saes, task.rule, task.stem)
+        return merge_rows(store, task.parts, task.saes, task.rule, task.stem, task.omit, crash)
+    return merge_summaries(store, task.parts, task.saes, task.rule, task.stem, crash)
 
 
 def perform_here(tasks: Sequence[Task]) -> list[dict[str, list[DataFileRecord]]]:
@@ -226,7 +229,21 @@ def _due_run(found: Contents, level: int) -> RunJob | None:
     runs = tuple(
         r for r in found.runs if r.level < level and first <= r.units[0][0] and r.units[-1][1] <= stop
     )
-    return RunJob(level, runs, found.own) if len(runs) + len(found.own) >= 2 else None
+    units = _apart(found)
+    return RunJob(level, runs, units) if len(runs) + len(units) >= 2 else None
+
+
+def _apart(found: Contents) -> np.ndarray:
+    """Units read from their own files, less those between the units of a run.
+
+    A unit that was dropped before it was scanned, and came back after its neighbours were merged, is such a
+    one: it stays alone, for merged spans must not interleave.
+    """
+    own = found.own
+    for run in found.runs:
+        if run.units:
+            own = own[(own < run.units[0][0]) | (own >= run.units[-1][1])]
+    return own
 
 
 def _due_node(found: Contents, level: int) -> NodeJob | None:
@@ -251,7 +268,7 @@ def _due_fully(found: Contents) -> Job | None:
     pieces: list[tuple[int, int, Run | None]] = [
         (run.units[0][0], _rows(run.files.get("activations", ())), run) for run in found.runs if run.units
     ]
-    own = itertools.groupby(found.commits_of(found.own), key=lambda commit: commit.ordinal)
+    own = itertools.groupby(found.commits_of(_apart(found)), key=lambda commit: commit.ordinal)
     pieces += [(ordinal, _own_rows(list(commits), "activations"), None) for ordinal, commits in own]
     pieces.sort(key=lambda piece: piece[0])
     wanted = max(PART_ROWS, sum(rows for _, rows, _ in pieces) // PARTS)

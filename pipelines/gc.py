@@ -25,7 +25,7 @@ from pipelines.faults import crash
 from pipelines.ledger import Ledger
 from pipelines.ordinals import pack, unpack
 from pipelines.registry import Plan, objects
-from pipelines.schema import DATA, KEYED, MANIFESTS, PLANS, ROWS, SNAPSHOTS
+from pipelines.schema import DATA, MANIFESTS, PLANS, REPLACED, SNAPSHOTS
 from pipelines.snapshots import Node, Run, read_nodes, read_runs
 from pipelines.storage import Entry, Store
 
@@ -132,7 +132,7 @@ def _garbage(
                 yield entry, dead or now - entry.modified >= unfinished
             elif own in retired:
                 yield entry, True
-            elif match["kind"] in (*ROWS, *KEYED) and own in since:
+            elif match["kind"] in REPLACED and own in since:
                 yield entry, now - since[own] >= readers
         elif (match := _MERGED.fullmatch(name)) and match["stem"] not in stems:
             at = replaced.get(f"{MANIFESTS}/{match['stem']}.json")

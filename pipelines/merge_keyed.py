@@ -23,10 +23,9 @@ from pipelines.merge import (
     no_fault,
     present,
 )
-from pipelines.schema import LOCAL_BITS
+from pipelines.schema import KEYED, LOCAL_BITS
 from pipelines.storage import Store
 
-KEYED = ("documents", "segments", "contexts", "quarantine")
 _KEYS = {
     "context": LOCAL_BITS,
     "document": LOCAL_BITS,

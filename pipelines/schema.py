@@ -146,7 +146,9 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 KINDS = ("documents", *SCHEMAS)
 ROWS = ("activations", "document_features", "by_document")  # of SAEs, merged over many units
-KEYED = ("documents", "segments", "contexts")  # in order of their keys
+KEYED = ("documents", "segments", "contexts", "quarantine")  # in order of their keys
+# Of a unit in a run, whose summaries stay, and so its contexts, from whose place samples are drawn.
+REPLACED = ("activations", "document_features", "documents", "segments")
 SUMMARIES = ("features", "top_contexts", "sampled_contexts", "sampled_merged", "saes")
 
 # What a run still knows of each unit in it.
