@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.ledger import DataFileRecord
-from pipelines.merge import (
+from pipelines.merge_files import (
     Fault,
     Inputs,
     MergeRule,

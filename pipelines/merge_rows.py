@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.ledger import DataFileRecord
-from pipelines.merge import (
+from pipelines.merge_files import (
     Cutter,
     Fault,
     Inputs,
@@ -73,7 +73,7 @@ def _by_feature(
     inner = without(schema, "sae")
     with Inputs(store, inner.names) as inputs, Output(store, kind, rule, stem, fault) as output:
         found = [
-            (_omitting(part, omit, inner, column, tokens), row_groups(inputs, part, kind, "feature"))
+            (_omitting(part, omit, inner, column, tokens), row_groups(inputs, part, kind, "sae", "feature"))
             for part in present(parts, omit)
         ]
         cutter = Cutter(output, ROWS_PER_GROUP)
@@ -81,7 +81,7 @@ def _by_feature(
             runs = [
                 Run(inputs, run, "feature", prepare)
                 for prepare, groups in found
-                for run in in_runs([group for group in groups if group.saes[0] == sae])
+                for run in in_runs([group for group in groups if group.sae == sae], "feature")
             ]
             for batches, _ in windows(runs, _BUDGET):
                 if batches:
@@ -159,8 +159,8 @@ def _unit_documents(
 
     Read SAE by SAE they are so but for the document: an SAE has a document's rows in one run.
     """
-    groups = row_groups(inputs, part, "document_features", "feature")
-    wanted = [group for sae in saes for group in groups if group.saes[0] == sae]
+    groups = row_groups(inputs, part, "document_features", "sae")
+    wanted = [group for sae in saes for group in groups if group.sae == sae]
     batches = [
         prepare(batch)
         for group in wanted
@@ -181,9 +181,12 @@ def _merged_documents(
 ) -> Iterator[dict[str, np.ndarray]]:
     """A merged part's by_document, which may lie in several ranges of SAEs and hold others too."""
     lowest, highest = min(saes), max(saes)
-    groups = row_groups(inputs, part, "by_document", "document")
-    wanted = [group for group in groups if group.saes[0] <= highest and lowest <= group.saes[1]]
-    runs = [Run(inputs, run, "document", prepare) for run in in_runs(wanted)]
+    wanted = []
+    for group in row_groups(inputs, part, "by_document", "sae", "document"):
+        first, last = group.spans["sae"]
+        if first <= highest and lowest <= last:
+            wanted.append(group)
+    runs = [Run(inputs, run, "document", prepare) for run in in_runs(wanted, "document")]
     for batches, _ in windows(runs, _BUDGET):
         if batches:
             columns = _columns(batches)

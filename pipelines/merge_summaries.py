@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.ledger import DataFileRecord
-from pipelines.merge import (
+from pipelines.merge_files import (
     Cutter,
     Fault,
     Inputs,
@@ -87,14 +87,14 @@ def _by_feature(
         for part in parts:
             unhashed = sampled and not part.merged
             inputs = own if unhashed else merged
-            groups = row_groups(inputs, part, "sampled_contexts" if unhashed else kind, "feature")
+            groups = row_groups(inputs, part, "sampled_contexts" if unhashed else kind, "sae", "feature")
             found.append((inputs, groups, unhashed))
         cutter = Cutter(output, _ROWS)
         for sae in saes:
             runs = [
                 Run(inputs, run, "feature", _prepare(inner, sae, places if unhashed else None))
                 for inputs, groups, unhashed in found
-                for run in in_runs([group for group in groups if group.saes[0] == sae])
+                for run in in_runs([group for group in groups if group.sae == sae], "feature")
             ]
             for batches in _whole(windows(runs, _BUDGET)):
                 columns = reduce(pa.Table.from_batches(batches).combine_chunks(), rule)
@@ -131,17 +131,19 @@ def _prepare(schema: pa.Schema, sae: str, places: tuple[np.ndarray, np.ndarray] 
 
 
 def _place_hashes(store: Store, parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
-    """(context int64, ascending; place_hash uint64) of units' contexts."""
+    """(context int64, ascending; place_hash uint64) of units' contexts; their files may hold others' too."""
     columns: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int64), np.zeros(0, np.uint64))]
     with Inputs(store, ["context", "place_hash"]) as inputs:
         for part in parts:
-            for name in part.files.get("contexts", ()):
-                for group in range(inputs.file(name).metadata.num_row_groups):
-                    columns.extend(
-                        (batch.column("context").to_numpy(), batch.column("place_hash").to_numpy())
-                        for batch in inputs.batches(name, group, 1 << 16)
-                    )
-            inputs.close()
+            first, stop = (ordinal << LOCAL_BITS for ordinal in part.ordinals)
+            for group in row_groups(inputs, part, "contexts", "context"):
+                lowest, highest = group.spans["context"]
+                if lowest >= stop or highest < first:
+                    continue
+                for batch in inputs.batches(group.file, group.number, 1 << 16):
+                    context, place = (batch.column(name).to_numpy() for name in inputs.columns)
+                    own = slice(*np.searchsorted(context, (first, stop)))
+                    columns.append((context[own], place[own]))
     context, place_hash = (np.concatenate(column) for column in zip(*columns, strict=True))
     return context, place_hash
 
@@ -278,10 +280,10 @@ def _saes(
     with Inputs(store, schema.names) as inputs, Output(store, "saes", rule, stem, fault) as output:
         rows: dict[str, list[dict[str, Any]]] = {sae: [] for sae in saes}
         for part in parts:
-            for group in row_groups(inputs, part, "saes"):
-                if group.saes[0] in rows:  # each has a row group of its own
+            for group in row_groups(inputs, part, "saes", "sae"):
+                if group.sae in rows:  # each has a row group of its own
                     for batch in inputs.batches(group.file, group.number, 1 << 10):
-                        _add_saes(rows[group.saes[0]], batch)
+                        _add_saes(rows[group.sae], batch)
             inputs.close()
         for found in rows.values():
             if found:
