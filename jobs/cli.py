@@ -281,6 +281,72 @@ def features(index: str, sae: str, sort: str, limit: int, format_: str) -> None:
     print_rows(rows, format_, columns)
 
 
+@cli.command()
+@click.argument("index")
+@format_option
+def compact(index: str, format_: str) -> None:
+    """Rewrite the committed files of INDEX into few large ones, for fast reads.
+
+    Scans and queries may go on meanwhile; killed, it leaves the index as it was. `gc` removes what it
+    replaced.
+    """
+    from jobs.progress import Steps
+    from pipelines import compaction
+    from pipelines.storage import Store
+    from pipelines.words import human
+
+    steps = Steps()
+    done = compaction.compact(Store(index), told=lambda job: steps(job.words))
+    if format_ != "table":
+        print_rows([asdict(done)], format_, list(asdict(done)))
+    elif not done.runs and not done.nodes:
+        message(f"nothing to compact: {index} is compact")
+    else:
+        message(
+            f"{count(done.rows, 'activation row')} rewritten, {human(done.bytes)} written -> {index}; "
+            "`corpuscope gc` removes the files that they replace"
+        )
+
+
+@cli.command()
+@click.argument("index")
+@click.option(
+    "--grace",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=600.0,
+    show_default=True,
+    help="How long replaced and dropped data stay for queries that have begun.",
+)
+@click.option(
+    "--unfinished",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=86400.0,
+    show_default=True,
+    help="How long files that nothing names stay. Give less only while nothing is at work on the index.",
+)
+@format_option
+def gc(index: str, grace: float, unfinished: float, format_: str) -> None:
+    """Remove what no commit names from INDEX: files of lost attempts, replaced files, dropped documents."""
+    from pipelines import gc as garbage
+    from pipelines.storage import Store
+    from pipelines.words import human
+
+    found = garbage.collect(Store(index), grace, unfinished)
+    if format_ != "table":
+        print_rows([asdict(found)], format_, list(asdict(found)))
+        return
+    if found.retired:
+        message(f"{count(found.retired, 'unit')} of changed or removed files given up")
+    message(f"{count(found.removed, 'file')} ({human(found.bytes)}) removed from {index}")
+    if found.waiting:
+        message(
+            f"{count(found.waiting, 'file')} ({human(found.waiting_bytes)}) stay until they are older, as "
+            "queries, scans or compactions that run may need them (--grace, --unfinished)"
+        )
+
+
 def _write_parquet(result: Any, output: str) -> None:
     import fsspec
     import pyarrow.parquet as pq

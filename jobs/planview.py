@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.output import count
+from pipelines.contents import Registered, resolve
 from pipelines.estimate import RATES, Estimate, estimate
 from pipelines.ledger import Ledger
 from pipelines.planning import (
@@ -44,8 +45,11 @@ def look(spec: ScanSpec, text: str) -> PlanView:
     groups = have["groups"] if have else plan_groups(prepared)
     if have is not None:
         check_identity(spec.index, have, identity(prepared, metadata, groups))
-    commits = ledger.commits() if have else {}
-    done = sum(all((u.unit, g) in commits for g in range(len(groups))) for u in planned.units)
+    done = (
+        0
+        if have is None
+        else len(resolve(ledger.store, Registered(have, planned.plans, planned.units)).shown)
+    )
     found = estimate(prepared, planned, groups)
     return PlanView(prepared, planned, found, len(groups), have is not None, done)
 

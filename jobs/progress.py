@@ -142,6 +142,21 @@ class Listing:
             message(f"{done / total:4.0%}  looked at {done:,} of {count(total, 'SAE')}")
 
 
+class Steps:
+    """Steps whose number nobody knows ahead: a line every ten seconds, so none where it is quick."""
+
+    def __init__(self) -> None:
+        self.last_line = time.monotonic()
+        self.done = 0
+
+    def __call__(self, words: str) -> None:
+        """Take in what is about to be done."""
+        if time.monotonic() - self.last_line >= _LINE_EVERY:
+            self.last_line = time.monotonic()
+            message(f"step {self.done + 1:,}: {words}")
+        self.done += 1
+
+
 def _clock(seconds: float | None) -> str:
     if seconds is None:
         return "?"

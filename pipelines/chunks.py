@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipelines.contexts import Context
-from pipelines.ledger import Unit
+from pipelines.registry import Unit
 from sae_runtime.encode import Sparse
 from sae_runtime.errors import DataError
 from sae_runtime.model import LanguageModel

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines.ledger import dump
+from pipelines.registry import dump
 from pipelines.storage import Store
 
 NAME = "heartbeat.json"

@@ -1,80 +1,36 @@
-"""What an index holds and what is still to do: plans (the registry of units) and commits.
+"""What an index holds and what is still to do: its identity, and the commits of units.
 
-Invariant: a unit's data are visible exactly when every SAE group has a commit object, and a commit
-is created at most once (put-if-absent). Plans only append; the newest one's number is the run's
-number minus one. Everything is JSON that a person can read; `status` never needs a live cluster.
+Invariant: a unit's data are visible exactly when every SAE group has a commit object, and a commit is
+created at most once (put-if-absent) and never removed, so that a straggler cannot make another. Commits lie
+in folders of SPAN ordinals: whoever knows from a snapshot that all units of a folder are covered need not
+list it. Everything is JSON that a person can read; `status` never needs a live cluster.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipelines.schema import COMMITS, FAILURES, FORMAT, INDEX, PLANS
+import numpy as np
+
+from pipelines.registry import Plan, dump, objects, read_plans, write_plan
+from pipelines.schema import COMMITS, FAILURES, FORMAT, INDEX
 from pipelines.storage import Store, names
-from sae_runtime.errors import DataError, InputError
+from sae_runtime.errors import InputError
+
+SPAN = 4096  # ordinals of a folder of commits
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """A corpus file as a plan saw it. `settings` digests what the spec says of its source."""
-
-    source: int
-    corpus: str
-    path: str
-    digest: str
-    size: int
-    stamp: str
-    rows: int
-    settings: str
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Rows [start, stop) of one corpus file: what is scanned and committed as a whole."""
-
-    unit: str  # digest of everything below but the ordinal
-    ordinal: int
-    corpus: str
-    path: str
-    digest: str
-    settings: str
-    start: int
-    stop: int
-    bytes: int  # of text
-
-    @property
-    def documents(self) -> int:
-        """Rows of the span; fewer are indexed where the source is sampled."""
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One entry of the registry: what a run found, adds and drops."""
-
-    run: int
-    started: float  # seconds since 1970, UTC
-    spec: str  # the spec as given, YAML
-    code: str
-    device: str
-    environment: dict[str, str]
-    files: tuple[FileRecord, ...]
-    units: tuple[Unit, ...]  # new ones
-    dropped: tuple[str, ...]  # units of changed or deleted files
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DataFileRecord:
-    """A data file that a commit names."""
+    """A data file that a commit or a manifest names."""
 
     path: str
     rows: int
     bytes: int
-    digest: str
+    digest: str  # blake2b-128, hex
 
 
 @dataclass(frozen=True)
@@ -97,11 +53,16 @@ class Commit:
 
     @property
     def name(self) -> str:
-        return f"{COMMITS}/{self.unit}.{self.group}.json"
+        return commit_name(self.ordinal, self.group)
+
+
+def commit_name(ordinal: int, group: int) -> str:
+    """Where the commit of a unit's SAE group is."""
+    return f"{COMMITS}/{ordinal // SPAN:06d}/{ordinal:09d}.{group}.json"
 
 
 class Ledger:
-    """Plans, commits and failures of one index."""
+    """Identity, plans, commits and failures of one index."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -119,8 +80,10 @@ class Ledger:
         if not isinstance(data, dict) or "fixed" not in data:
             raise InputError(f"{self.store.uri}/{INDEX}: not written by corpuscope; is this an index?")
         if data.get("format") != FORMAT:
+            newer = isinstance(data.get("format"), int) and data["format"] > FORMAT
             raise InputError(
-                f"{self.store.uri}: index format {data.get('format')} is not {FORMAT}; scan into a new index"
+                f"{self.store.uri}: index format {data.get('format')} is not {FORMAT}; "
+                + ("read it with a newer corpuscope" if newer else "scan into a new index")
             )
         return dict(data)
 
@@ -133,18 +96,30 @@ class Ledger:
 
     def plans(self) -> list[Plan]:
         """All plans, oldest first."""
-        items = [f"{PLANS}/{name}.json" for name in names(self.store, PLANS, ".json")]
-        return [_plan(data) for data in self._objects(items)]
+        return read_plans(self.store)
 
     def add_plan(self, plan: Plan) -> bool:
         """Append a plan; False if another scan appended one of the same number first."""
-        return self.store.put_if_absent(f"{PLANS}/{plan.run - 1:06d}.json", dump(asdict(plan)))
+        return write_plan(self.store, plan)
 
-    def commits(self) -> dict[tuple[str, int], Commit]:
-        """Every commit, by (unit, group)."""
-        items = [f"{COMMITS}/{name}.json" for name in names(self.store, COMMITS, ".json")]
-        found = [_commit(data) for data in self._objects(items)]
-        return {(commit.unit, commit.group): commit for commit in found}
+    def commits(self, ordinals: np.ndarray | None = None) -> dict[tuple[int, int], Commit]:
+        """Commits by (ordinal, group): every one, or those of some ordinals, whose folders are listed."""
+        if ordinals is None:
+            found = list(names(self.store, COMMITS, ".json"))
+        else:
+            found = [
+                f"{folder:06d}/{name}"
+                for folder in np.unique(ordinals // SPAN).tolist()
+                for name in names(self.store, f"{COMMITS}/{folder:06d}", ".json")
+            ]
+            wanted = set(ordinals.tolist())
+            found = [name for name in found if _ordinal(name) in wanted]
+        read = (_commit(data) for data in objects(self.store, [f"{COMMITS}/{name}.json" for name in found]))
+        return {(commit.ordinal, commit.group): commit for commit in read}
+
+    def read_commits(self, pairs: Sequence[tuple[int, int]]) -> list[Commit]:
+        """Commits that exist, by (ordinal, group)."""
+        return [_commit(data) for data in objects(self.store, [commit_name(*pair) for pair in pairs])]
 
     def commit(self, commit: Commit) -> bool:
         """Publish a unit's group. False when another attempt was first: its files stay the truth."""
@@ -156,55 +131,16 @@ class Ledger:
 
     def failures(self) -> list[dict[str, Any]]:
         """Every recorded failure, with `unit`, `group`, `error` and `time`."""
-        items = [f"{FAILURES}/{name}.json" for name in names(self.store, FAILURES, ".json")]
-        return self._objects(items)
-
-    def _objects(self, items: list[str]) -> list[dict[str, Any]]:
-        """JSON objects by name. DataError names one that is damaged."""
-        found = []
-        for item, data in zip(items, self.store.read_many(items), strict=True):
-            try:
-                found.append(dict(json.loads(data)))
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{self.store.uri}/{item}: damaged, not a JSON object") from error
-        return found
-
-
-def live_units(plans: Iterable[Plan]) -> list[Unit]:
-    """Units that belong to the index by its newest plan, in ordinal order."""
-    units: dict[str, Unit] = {}
-    for plan in plans:
-        for unit in plan.units:
-            units[unit.unit] = unit
-        for dropped in plan.dropped:
-            units.pop(dropped, None)
-    return sorted(units.values(), key=lambda unit: unit.ordinal)
-
-
-def in_corpus_order(plans: list[Plan]) -> list[Unit]:
-    """Live units by (source, path, row): the order that breaks ties, whatever the history."""
-    sources = {(file.corpus, file.path): file.source for file in plans[-1].files} if plans else {}
-    units = live_units(plans)
-    return sorted(units, key=lambda u: (sources.get((u.corpus, u.path), 1 << 30), u.path, u.start))
-
-
-def unit_id(corpus: str, path: str, digest: str, settings: str, start: int, stop: int) -> str:
-    """Content-derived identity: the same rows of the same file are the same unit in any history."""
-    text = json.dumps([corpus, path, digest, settings, start, stop], separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-def dump(value: Any) -> bytes:
-    """JSON, one key a line and in the order given, so that a person can read and compare it."""
-    return json.dumps(value, indent=1, ensure_ascii=False).encode()
-
-
-def _plan(data: dict[str, Any]) -> Plan:
-    files = tuple(FileRecord(**file) for file in data.pop("files"))
-    units = tuple(Unit(**unit) for unit in data.pop("units"))
-    return Plan(files=files, units=units, dropped=tuple(data.pop("dropped")), **data)
+        found = [f"{FAILURES}/{name}.json" for name in names(self.store, FAILURES, ".json")]
+        return objects(self.store, found)
 
 
 def _commit(data: dict[str, Any]) -> Commit:
     files = {kind: DataFileRecord(**record) for kind, record in data.pop("files").items()}
     return Commit(files=files, **data)
+
+
+def _ordinal(name: str) -> int:
+    """The ordinal in a commit's name, -1 if it has none."""
+    number = name.rsplit("/", 1)[-1].split(".")[0]
+    return int(number) if number.isdecimal() else -1

@@ -7,7 +7,7 @@ it less than half full.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,14 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.faults import crash
 from pipelines.ledger import DataFileRecord
 from pipelines.schema import DATA, SCHEMAS, documents_schema, metadata_type
 from pipelines.storage import DataFile, Store
 from pipelines.writer import parquet_options
 from sae_runtime.errors import DataError, one_line
-
-Fault = Callable[[str], None]  # called with the name of a point where a test may end the process
-BETWEEN_FILES = "between-merged-files"
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,6 @@ class MergeRule:
         if kind != "documents":
             return SCHEMAS[kind]
         return documents_schema({name: metadata_type(of) for name, of in self.metadata.items()})
-
-
-def no_fault(point: str) -> None:
-    """Go on."""
 
 
 def check_order(parts: Sequence[Part]) -> None:
@@ -139,9 +133,9 @@ class Output:
     twice that size anywhere. Leaving the `with` block by an exception closes what is open without a record.
     """
 
-    def __init__(self, store: Store, kind: str, rule: MergeRule, stem: str, fault: Fault) -> None:
+    def __init__(self, store: Store, kind: str, rule: MergeRule, stem: str) -> None:
         self.schema = rule.schema(kind)
-        self._store, self._kind, self._stem, self._fault = store, kind, stem, fault
+        self._store, self._kind, self._stem = store, kind, stem
         self._target = rule.target_bytes
         self._open: tuple[DataFile, pq.ParquetWriter] | None = None
         self._rows = 0
@@ -185,7 +179,7 @@ class Output:
         stream.close()
         self._open = None
         self.records.append(DataFileRecord(self._name, self._rows, stream.bytes, stream.digest))
-        self._fault(BETWEEN_FILES)
+        crash("merge-file")
 
 
 class Cutter:

@@ -13,7 +13,6 @@ import pyarrow as pa
 from pipelines.ledger import DataFileRecord
 from pipelines.merge_files import (
     Cutter,
-    Fault,
     Inputs,
     MergeRule,
     Output,
@@ -21,7 +20,6 @@ from pipelines.merge_files import (
     check_order,
     conformed,
     left_out,
-    no_fault,
     present,
     without,
 )
@@ -41,7 +39,6 @@ def merge_rows(
     rule: MergeRule,
     stem: str,
     omit: frozenset[int] = frozenset(),
-    fault: Fault = no_fault,
 ) -> dict[str, list[DataFileRecord]]:
     """Merge activations, document_features and by_document of some SAEs, units of `omit` left out.
 
@@ -51,8 +48,8 @@ def merge_rows(
     check_order(parts)
     found = {}
     for kind, column, tokens in (("activations", "token", rule.length), ("document_features", "document", 1)):
-        found[kind] = _by_feature(store, parts, saes, rule, stem, omit, fault, kind, column, tokens)
-    found["by_document"] = _by_document(store, parts, saes, rule, stem, omit, fault)
+        found[kind] = _by_feature(store, parts, saes, rule, stem, omit, kind, column, tokens)
+    found["by_document"] = _by_document(store, parts, saes, rule, stem, omit)
     return {kind: records for kind, records in found.items() if records}
 
 
@@ -63,7 +60,6 @@ def _by_feature(
     rule: MergeRule,
     stem: str,
     omit: frozenset[int],
-    fault: Fault,
     kind: str,
     column: str,
     tokens: int,
@@ -71,7 +67,7 @@ def _by_feature(
     """`column` is the one whose keys tell the unit, `tokens` how many of them a document or context has."""
     schema = rule.schema(kind)
     inner = without(schema, "sae")
-    with Inputs(store, inner.names) as inputs, Output(store, kind, rule, stem, fault) as output:
+    with Inputs(store, inner.names) as inputs, Output(store, kind, rule, stem) as output:
         found = [
             (_omitting(part, omit, inner, column, tokens), row_groups(inputs, part, kind, "sae", "feature"))
             for part in present(parts, omit)
@@ -134,11 +130,10 @@ def _by_document(
     rule: MergeRule,
     stem: str,
     omit: frozenset[int],
-    fault: Fault,
 ) -> list[DataFileRecord]:
     schema = rule.schema("by_document")
     names = pa.array(saes, pa.string())
-    with Inputs(store, schema.names) as inputs, Output(store, "by_document", rule, stem, fault) as output:
+    with Inputs(store, schema.names) as inputs, Output(store, "by_document", rule, stem) as output:
         cutter = Cutter(output, _DOCUMENT_ROWS)
         for part in present(parts, omit):
             prepare = _numbered(schema, saes, left_out(part, omit))

@@ -16,14 +16,12 @@ import pyarrow as pa
 from pipelines.ledger import DataFileRecord
 from pipelines.merge_files import (
     Cutter,
-    Fault,
     Inputs,
     MergeRule,
     Output,
     Part,
     check_order,
     conformed,
-    no_fault,
     without,
 )
 from pipelines.merge_runs import Budget, Prepare, Run, in_runs, row_groups, windows
@@ -47,7 +45,6 @@ def merge_summaries(
     saes: Sequence[str],
     rule: MergeRule,
     stem: str,
-    fault: Fault = no_fault,
 ) -> dict[str, list[DataFileRecord]]:
     """Merge features, top_contexts, samples (as `sampled_merged`) and saes of some SAEs.
 
@@ -56,10 +53,10 @@ def merge_summaries(
     """
     check_order(parts)
     found = {
-        "features": _by_feature(store, parts, saes, rule, stem, fault, "features", _features),
-        "top_contexts": _by_feature(store, parts, saes, rule, stem, fault, "top_contexts", _top),
-        "sampled_merged": _by_feature(store, parts, saes, rule, stem, fault, "sampled_merged", _samples),
-        "saes": _saes(store, parts, saes, rule, stem, fault),
+        "features": _by_feature(store, parts, saes, rule, stem, "features", _features),
+        "top_contexts": _by_feature(store, parts, saes, rule, stem, "top_contexts", _top),
+        "sampled_merged": _by_feature(store, parts, saes, rule, stem, "sampled_merged", _samples),
+        "saes": _saes(store, parts, saes, rule, stem),
     }
     return {kind: records for kind, records in found.items() if records}
 
@@ -70,7 +67,6 @@ def _by_feature(
     saes: Sequence[str],
     rule: MergeRule,
     stem: str,
-    fault: Fault,
     kind: str,
     reduce: Reduce,
 ) -> list[DataFileRecord]:
@@ -81,7 +77,7 @@ def _by_feature(
     with (
         Inputs(store, inner.names) as merged,
         Inputs(store, without(inner, "hash").names) as own,
-        Output(store, kind, rule, stem, fault) as output,
+        Output(store, kind, rule, stem) as output,
     ):
         found = []
         for part in parts:
@@ -274,10 +270,10 @@ def _ranks(*columns: np.ndarray) -> np.ndarray:
 
 
 def _saes(
-    store: Store, parts: Sequence[Part], saes: Sequence[str], rule: MergeRule, stem: str, fault: Fault
+    store: Store, parts: Sequence[Part], saes: Sequence[str], rule: MergeRule, stem: str
 ) -> list[DataFileRecord]:
     schema = rule.schema("saes")
-    with Inputs(store, schema.names) as inputs, Output(store, "saes", rule, stem, fault) as output:
+    with Inputs(store, schema.names) as inputs, Output(store, "saes", rule, stem) as output:
         rows: dict[str, list[dict[str, Any]]] = {sae: [] for sae in saes}
         for part in parts:
             for group in row_groups(inputs, part, "saes", "sae"):

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.ledger import Unit
+from pipelines.registry import Unit
 from pipelines.schema import LOCAL_BITS, SAMPLE_BITS, SCHEMAS, key
 from pipelines.writer import UnitWriter, sae_column, windows_column, windows_index
 from sae_runtime.bfloat import to_float

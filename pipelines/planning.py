@@ -26,7 +26,18 @@ from pipelines.contexts import ContextRule, context_rule
 from pipelines.conversations import template_digest, template_text
 from pipelines.corpus import FileIndex, index_file
 from pipelines.files import SourceFile, list_files
-from pipelines.ledger import FileRecord, Ledger, Plan, Unit, live_units, unit_id
+from pipelines.ledger import Ledger
+from pipelines.ordinals import pack
+from pipelines.registry import (
+    FileRecord,
+    Plan,
+    Unit,
+    known_units,
+    last_scan,
+    live_units,
+    next_ordinal,
+    unit_id,
+)
 from pipelines.schema import FORMAT
 from pipelines.selfcheck import other_model
 from pipelines.spec import CorpusSource, Sample, ScanSpec
@@ -62,8 +73,9 @@ class Prepared:
 class Planned:
     """What a scan is about to do."""
 
-    plan: Plan  # the newest, registered or about to be
+    plan: Plan  # the newest of a scan, registered or about to be
     is_new: bool
+    plans: tuple[Plan, ...]  # those registered before
     units: tuple[Unit, ...]  # live ones, in ordinal order
     files: dict[tuple[str, str], SourceFile]  # by (corpus, path)
 
@@ -226,8 +238,9 @@ def plan_units(
     _check_removal(gone, live, {(r.corpus, r.path) for r in layout.records}, allow_removal)
     metadata = _metadata(ledger, spec.metadata, layout.types)
     order = [(r.corpus, r.path) for r in layout.records]
-    reordered = bool(plans) and order != [(r.corpus, r.path) for r in plans[-1].files]
-    is_new = bool(layout.units or gone or not plans or reordered)
+    before = last_scan(plans)
+    reordered = before is not None and order != [(r.corpus, r.path) for r in before.files]
+    is_new = bool(layout.units or gone or before is None or reordered)
     plan = Plan(
         run=len(plans) + 1,
         started=time.time(),
@@ -237,12 +250,14 @@ def plan_units(
         environment=environment(),
         files=tuple(layout.records),
         units=tuple(layout.units),
-        dropped=tuple(unit.unit for unit in gone),
+        dropped=pack(unit.ordinal for unit in gone),
     )
-    left = [unit for unit in live if unit not in gone]
+    out = {unit.ordinal for unit in gone}
+    left = [unit for unit in live if unit.ordinal not in out]
     units = sorted(left + layout.units, key=lambda unit: unit.ordinal)
     by_place = {(file.corpus, file.path): file for file in files}
-    return Planned(plan if is_new else plans[-1], is_new, tuple(units), by_place), metadata
+    current_plan = plan if is_new or before is None else before
+    return Planned(current_plan, is_new, tuple(plans), tuple(units), by_place), metadata
 
 
 class _Layout:
@@ -253,13 +268,14 @@ class _Layout:
     ) -> None:
         spec = prepared.spec
         self.spec, self.templates, self.unit_bytes = spec, prepared.templates, unit_bytes
-        self.known = {(f.corpus, f.path): f for f in plans[-1].files} if plans else {}
+        before = last_scan(plans)
+        self.known = {(f.corpus, f.path): f for f in before.files} if before else {}
         self.covered: dict[tuple[str, str, str, str], int] = {}  # rows of a file that have units
         for unit in live:
             self.covered[_place(unit)] = max(self.covered.get(_place(unit), 0), unit.stop)
         # A file that comes back finds its old units, ordinals and commits again.
-        self.former = {unit.unit: unit for plan in plans for unit in plan.units}
-        self.ordinal = 1 + max((unit.ordinal for unit in self.former.values()), default=-1)
+        self.former = known_units(plans)
+        self.ordinal = next_ordinal(plans)
         self.left = {i: source.limit for i, source in enumerate(spec.corpus)}
         self.records: list[FileRecord] = []
         self.units: list[Unit] = []

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
 
+from pipelines.contents import Registered, resolve
 from pipelines.estimate import check_size, estimate
 from pipelines.executors.base import Committed, Event, Executor, Failed, Progress
 from pipelines.executors.inline import InlineExecutor
 from pipelines.heartbeat import Heartbeat, running
 from pipelines.ledger import Commit, Ledger
+from pipelines.ordinals import unpack
 from pipelines.planning import (
     Planned,
     Prepared,
@@ -104,7 +106,7 @@ def run_scan(
         want = identity(prepared, metadata, groups)
         if have is not None:
             check_identity(spec.index, have, want)
-        todo = _todo(planned, ledger, len(groups), have is not None)
+        todo = _todo(planned, store, have, len(groups))
         if options.address is not None and spec.model.device == "auto" and session.device == "cpu":
             notice(
                 "note: the cluster has no GPU now, so this scans on CPUs; `model.device: cuda` waits for GPUs"
@@ -165,9 +167,9 @@ class _Session:
             templates=prepared.templates,
         )
         units = {unit.ordinal: unit for unit in planned.units}
-        run_of = _runs(ledger)
+        run_of = _runs(planned)
         items = [
-            Work(unit, group, planned.files[unit.corpus, unit.path], run_of[unit.unit])
+            Work(unit, group, planned.files[unit.corpus, unit.path], run_of[unit.ordinal])
             for group, ordinal in todo
             for unit in [units[ordinal]]
         ]
@@ -272,14 +274,18 @@ class _Session:
         return RayExecutor(setup, min(workers, max(1, items)), self.options.address is None)
 
 
-def _todo(planned: Planned, ledger: Ledger, groups: int, exists: bool) -> list[tuple[int, int]]:
+def _todo(
+    planned: Planned, store: Store, identity: dict[str, Any] | None, groups: int
+) -> list[tuple[int, int]]:
     """(group, ordinal) pairs without a commit, group by group so that SAEs are loaded once."""
-    done = ledger.commits() if exists else {}
+    left = [unit.ordinal for unit in planned.units]
+    commits: Container[tuple[int, int]] = ()
+    if identity is not None:
+        held = resolve(store, Registered(identity, planned.plans, planned.units))
+        covered, commits = set(held.covered.tolist()), held.commits
+        left = [ordinal for ordinal in left if ordinal not in covered]
     return [
-        (group, unit.ordinal)
-        for group in range(groups)
-        for unit in planned.units
-        if (unit.unit, group) not in done
+        (group, ordinal) for group in range(groups) for ordinal in left if (ordinal, group) not in commits
     ]
 
 
@@ -299,9 +305,10 @@ def _register(
         )
 
 
-def _runs(ledger: Ledger) -> dict[str, int]:
-    """The run that registered each unit: a resumed scan goes on with that run."""
-    return {unit.unit: plan.run for plan in ledger.plans() for unit in plan.units}
+def _runs(planned: Planned) -> dict[int, int]:
+    """The run that registered each unit, by ordinal: a resumed scan goes on with that run."""
+    plans = (*planned.plans, planned.plan)
+    return {unit.ordinal: plan.run for plan in plans for unit in plan.units}
 
 
 def _name_limits(planned: Planned, spec: ScanSpec, notice: Notice) -> None:
@@ -322,7 +329,8 @@ def _name_changes(planned: Planned, notice: Notice) -> None:
         notice("note: the corpus has no documents")
     if planned.is_new:
         if planned.plan.dropped:
-            notice(f"note: {len(planned.plan.dropped):,} units of changed or removed files leave the index")
+            left = len(unpack(planned.plan.dropped))
+            notice(f"note: {left:,} units of changed or removed files leave the index")
         return
     now = environment()
     changes = [

@@ -3,7 +3,8 @@
     index.json                     what fixes the values: model, SAEs, contexts, settings
     vocabulary.parquet             token, text, bytes
     plans/000000.json              registry, append-only: files, units with their ordinals, what is dropped
-    commits/<unit>.<group>.json    the only truth about data: files with rows, bytes, checksum
+    commits/<range>/<unit>.<group>.json    the only truth about data: files with rows, bytes, checksum
+    snapshots/000000.json          which merged files stand for which units; manifests/ name those files
     data/<kind>/<unit>.<group>-<attempt>.parquet
     failures/<unit>.<group>-<attempt>.json
 
@@ -32,6 +33,7 @@ WINDOW = 64  # positions on either side of a maximum; sae_runtime/summaries.py g
 INDEX = "index.json"
 VOCABULARY = "vocabulary.parquet"
 PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
+SNAPSHOTS, MANIFESTS = "snapshots", "manifests"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))
 _FEATURE = pa.field("feature", pa.int32())
@@ -143,6 +145,24 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 KINDS = ("documents", *SCHEMAS)
+ROWS = ("activations", "document_features", "by_document")  # of SAEs, merged over many units
+KEYED = ("documents", "segments", "contexts")  # in order of their keys
+SUMMARIES = ("features", "top_contexts", "sampled_contexts", "sampled_merged", "saes")
+
+# What a run still knows of each unit in it.
+UNITS = "units"
+UNIT_FACTS = pa.schema(
+    [
+        ("ordinal", pa.int64()),
+        ("run", pa.int32()),
+        ("documents", pa.int64()),
+        ("contexts", pa.int64()),
+        ("tokens", pa.int64()),  # counted
+        ("started", pa.float64()),  # seconds since 1970, UTC
+        ("finished", pa.float64()),
+        ("bytes", pa.int64()),  # of its own data files, as committed
+    ]
+)
 
 # Types of metadata columns, frozen by the first scan. `json` is JSON text, timestamps are UTC.
 METADATA_TYPES = {

@@ -9,10 +9,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.contents import contents
 from pipelines.heartbeat import running
-from pipelines.ledger import Ledger, live_units
+from pipelines.ledger import Ledger
+from pipelines.schema import KINDS
 from pipelines.storage import Store
-from sae_runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Status:
     documents: int  # of committed units
     tokens: int  # counted, of committed units
     quarantined: int  # documents
-    bytes: int  # of committed data files
+    bytes: int  # of the data files that are read
     last_commit: float | None  # seconds ago
     errors: tuple[str, ...]  # of the failed units, newest first
 
@@ -39,38 +43,33 @@ class Status:
 def status(uri: str) -> Status:
     """The status of the index at `uri`. Raises InputError if there is none."""
     store = Store(uri)
-    ledger = Ledger(store)
-    identity = ledger.identity()
-    if identity is None:
-        raise InputError(f"index {uri}: nothing here (no index.json); `corpuscope scan` makes an index")
-    commits = ledger.commits()
-    plans = ledger.plans()
-    units = live_units(plans)
-    groups = len(identity["groups"])
-    done = {unit.unit for unit in units if all((unit.unit, group) in commits for group in range(groups))}
-    open_units = {unit.unit for unit in units} - done
-    failures = sorted(ledger.failures(), key=lambda f: -f["time"])
+    held = contents(store)
+    shown = set(held.shown.tolist())
+    open_units = {unit.unit for unit in held.units if unit.ordinal not in shown}
+    failures = sorted(Ledger(store).failures(), key=lambda f: -f["time"])
     errors = {f["unit"]: _placed(f) for f in reversed(failures) if f["unit"] in open_units}
     note = running(store)
     flying = {unit for unit in note["units"] if unit in open_units} if note else set()
-    mine = [commit for (unit, _), commit in commits.items() if unit in done]
-    first = [commit for commit in mine if commit.group == 0]
+    facts = held.facts.filter(pc.is_in(held.facts["ordinal"], pa.array(held.shown)))
+    total = {name: pc.sum(facts[name], min_count=0).as_py() for name in ("documents", "tokens")}
+    last = pc.max(facts["finished"]).as_py()
+    scans = sum(plan.kind == "scan" for plan in held.plans)
     failed = set(errors) - flying
     return Status(
         index=uri,
-        state="running" if note else "complete" if plans and not open_units else "incomplete",
-        runs=len(plans),
-        saes=len(identity["saes"]),
-        units=len(units),
-        committed=len(done),
+        state="running" if note else "complete" if scans and not open_units else "incomplete",
+        runs=scans,
+        saes=len(held.identity["saes"]),
+        units=len(held.units),
+        committed=len(shown),
         failed=len(failed),
         pending=len(open_units) - len(failed),
         running=len(flying),
-        documents=sum(commit.documents for commit in first),
-        tokens=sum(commit.tokens for commit in first),
+        documents=total["documents"],
+        tokens=total["tokens"],
         quarantined=0,
-        bytes=sum(file.bytes for commit in mine for file in commit.files.values()),
-        last_commit=time.time() - max(c.finished for c in mine) if mine else None,
+        bytes=sum(file.bytes for kind in KINDS for file in held.files(kind)),
+        last_commit=None if last is None else time.time() - last,
         errors=tuple(dict.fromkeys(errors[unit] for unit in errors if unit in failed)),
     )
 

@@ -37,8 +37,9 @@ from pipelines.contexts import (
 from pipelines.conversations import Conversations
 from pipelines.corpus import Document, read_documents
 from pipelines.files import SourceFile, check_unchanged
-from pipelines.ledger import Commit, Ledger, Unit
+from pipelines.ledger import Commit, Ledger
 from pipelines.partials import Moments, SampledDocuments, write_summary
+from pipelines.registry import Unit
 from pipelines.sae_unit import SaeUnit
 from pipelines.schema import LOCAL_MAX, key
 from pipelines.selfcheck import Measured
@@ -156,7 +157,8 @@ class Scanner:
         ledger = Ledger(self.store)
         if ledger.commit(commit):
             return Scanned(commit, True, scan.measured())
-        return Scanned(ledger.commits()[commit.unit, commit.group], own=False)
+        [other] = ledger.read_commits([(commit.ordinal, commit.group)])
+        return Scanned(other, own=False)
 
     def load(self, group: int) -> None:
         """Have the model and the SAEs of a group ready."""

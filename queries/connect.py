@@ -11,14 +11,15 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow.compute as pc
 
-from pipelines.ledger import Commit, Ledger, Plan, in_corpus_order
+from pipelines.contents import Contents, contents, places
 from pipelines.schema import (
+    KEYED,
     KINDS,
     LOCAL_MAX,
     SAMPLE_BITS,
@@ -32,9 +33,9 @@ from pipelines.schema import (
     sample_seed,
 )
 from pipelines.storage import Store
-from queries.relations import name, parquet, table, texts
+from queries.relations import name, parquet, table, texts, without
 from queries.remote import RemoteFiles
-from sae_runtime.errors import DataError, InputError, one_line
+from sae_runtime.errors import DataError, one_line
 
 _HERE = Path(__file__).parent
 _SAE_COLUMNS = {
@@ -70,17 +71,6 @@ _RUN_COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """What an index holds at one moment."""
-
-    identity: dict[str, Any]
-    plans: tuple[Plan, ...]
-    commits: tuple[Commit, ...]  # all of them, dropped units' too
-    shown: tuple[Commit, ...]  # of live units with every group committed, by ordinal and group
-    order: dict[int, int]  # ordinal -> place in the corpus
-
-
 def connect(uri: str) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection with the index's views and macros. Raises InputError if there is no index.
 
@@ -101,62 +91,40 @@ def connect(uri: str) -> duckdb.DuckDBPyConnection:
 
 def script(store: Store) -> list[str]:
     """The statements that make the macros and views, file lists filled in: they run in any DuckDB."""
-    values = _values(store, snapshot(store))
+    values = _values(contents(store))
     files = [(_HERE / file).read_text() for file in ("helpers.sql", "views.sql", "macros.sql")]
     return [_fill(statement, values) for file in files for statement in _statements(file)]
 
 
-def snapshot(store: Store) -> Snapshot:
-    """Read plans and commits. Raises InputError where there is no index."""
-    ledger = Ledger(store)
-    identity = ledger.identity()
-    if identity is None:
-        several = "; several indexes at once are not supported yet" if "," in store.uri else ""
-        raise InputError(f"{store.uri}: no index here (no index.json){several}; `corpuscope scan` makes one")
-    # Commits before plans: a unit that is seen committed is then always in a plan that is seen.
-    commits = ledger.commits()
-    plans = ledger.plans()
-    units = in_corpus_order(plans)
-    groups = range(len(identity["groups"]))
-    shown = [
-        commits[unit.unit, group]
-        for unit in units
-        if all((unit.unit, g) in commits for g in groups)
-        for group in groups
-    ]
-    return Snapshot(
-        identity=identity,
-        plans=tuple(plans),
-        commits=tuple(commits.values()),
-        shown=tuple(sorted(shown, key=lambda c: (c.ordinal, c.group))),
-        order={unit.ordinal: place for place, unit in enumerate(units)},
-    )
-
-
-def busy_seconds(commits: Iterable[Commit]) -> float:
+def busy_seconds(started: Iterable[float], finished: Iterable[float]) -> float:
     """Seconds in which at least one unit was being scanned: pauses between resumptions do not count."""
     total, end = 0.0, 0.0
-    for commit in sorted(commits, key=lambda c: c.started):
-        total += max(0.0, commit.finished - max(commit.started, end))
-        end = max(end, commit.finished)
+    for start, stop in sorted(zip(started, finished, strict=True)):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
     return total
 
 
-def _values(store: Store, found: Snapshot) -> dict[str, str]:
+def _values(found: Contents) -> dict[str, str]:
     """What the `$names` of the .sql files stand for."""
-    fixed, saes = found.identity["fixed"], found.identity["saes"]
+    store, fixed, saes = found.store, found.identity["fixed"], found.identity["saes"]
     metadata = fixed["metadata"]
     schemas = {
         **SCHEMAS,
         "documents": documents_schema({column: metadata_type(kind) for column, kind in metadata.items()}),
     }
+    ordinals = dict.fromkeys(("document_features", *KEYED), f"document // {LOCAL_MAX}")
+    ordinals["activations"] = f"token // {fixed['context.length'] * LOCAL_MAX}"
     relations = {
-        kind: parquet([store.url(c.files[kind].path) for c in found.shown if kind in c.files], schemas[kind])
+        kind: without(
+            parquet([store.url(file.path) for file in found.files(kind)], schemas[kind]),
+            ordinals.get(kind, ""),
+            found.hidden.tolist() if kind in ordinals else (),
+        )
         for kind in KINDS
     }
-    units = [(c.ordinal, c.run, found.order[c.ordinal]) for c in found.shown if c.group == 0]
     return relations | {
-        "units": table(units, {"ordinal": "BIGINT", "run": "INTEGER", "corpus_order": "BIGINT"}),
+        "units": table(places(found.live), {"first": "BIGINT", "stop": "BIGINT", "place": "BIGINT"}),
         "declared_saes": table([_sae_row(sae, found.identity) for sae in saes], _SAE_COLUMNS),
         "duplicates": table(
             [list(pair) for pair in found.identity["duplicates"].items()],
@@ -182,18 +150,17 @@ def _sae_row(sae: dict[str, Any], identity: dict[str, Any]) -> list[Any]:
     return [record.get(column) for column in _SAE_COLUMNS]
 
 
-def _run_rows(found: Snapshot) -> list[list[Any]]:
+def _run_rows(found: Contents) -> list[list[Any]]:
     prints = [sae["fingerprint"] for sae in found.identity["saes"]]
-    groups = range(len(found.identity["groups"]))
-    dropped = {unit for plan in found.plans for unit in plan.dropped}
-    committed = {(commit.unit, commit.group) for commit in found.commits}
+    live, shown = set(found.live.tolist()), set(found.shown.tolist())
     rows = []
     for plan in found.plans:
-        done = [commit for commit in found.commits if commit.run == plan.run]
-        first = [commit for commit in done if commit.group == 0]
-        wanted = {(u.unit, g) for u in plan.units if u.unit not in dropped for g in groups}
-        complete = wanted <= committed
-        tokens, busy = sum(commit.tokens for commit in first), busy_seconds(done)
+        if plan.kind != "scan":
+            continue
+        done = found.facts.filter(pc.equal(found.facts["run"], plan.run))
+        complete = all(u.ordinal in shown for u in plan.units if u.ordinal in live)
+        tokens = pc.sum(done["tokens"], min_count=0).as_py()
+        busy = busy_seconds(done["started"].to_pylist(), done["finished"].to_pylist())
         values = {
             "run": plan.run,
             "spec": plan.spec,
@@ -202,8 +169,8 @@ def _run_rows(found: Snapshot) -> list[list[Any]]:
             "code": plan.code,
             "device": plan.device,
             "started": _time(plan.started),
-            "finished": _time(max((c.finished for c in done), default=plan.started)) if complete else None,
-            "documents": sum(commit.documents for commit in first),
+            "finished": _time(pc.max(done["finished"]).as_py() or plan.started) if complete else None,
+            "documents": pc.sum(done["documents"], min_count=0).as_py(),
             "tokens": tokens,
             "tokens_per_second": tokens / busy if busy else None,
         }

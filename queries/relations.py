@@ -67,6 +67,13 @@ def parquet(files: Sequence[str], schema: pa.Schema) -> str:
     return f"(SELECT {columns} WHERE false)"
 
 
+def without(relation: str, ordinal: str, hidden: Sequence[int]) -> str:
+    """A relation less the rows of some units; `ordinal` is the unit's number in terms of its columns."""
+    if not hidden:
+        return relation
+    return f"(SELECT * FROM {relation} WHERE {ordinal} NOT IN ({', '.join(map(str, hidden))}))"
+
+
 def sql_type(kind: pa.DataType) -> str:
     """DuckDB's name of an Arrow type."""
     if pa.types.is_list(kind):

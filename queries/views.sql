@@ -6,8 +6,8 @@
 
 -- Units in corpus order: `place` breaks ties the same way whatever the history of scans.
 CREATE VIEW _units AS
-SELECT ordinal, run, row_number() OVER (ORDER BY corpus_order) AS place
-FROM $units AS units(ordinal, run, corpus_order);
+SELECT unnest(range(first, stop)) AS ordinal, place + generate_subscripts(range(first, stop), 1) - 1 AS place
+FROM $units;
 
 CREATE VIEW _declared_saes AS SELECT * FROM $declared_saes;
 

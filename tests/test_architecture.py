@@ -16,7 +16,13 @@ ROOMS = ("sae_runtime", "pipelines", "queries", "jobs")
 MAY_IMPORT = {
     "sae_runtime": {"sae_runtime"},
     "pipelines": {"pipelines", "sae_runtime"},
-    "queries": {"queries", "pipelines.schema", "pipelines.storage", "pipelines.ledger", "sae_runtime.errors"},
+    "queries": {
+        "queries",
+        "pipelines.contents",
+        "pipelines.schema",
+        "pipelines.storage",
+        "sae_runtime.errors",
+    },
     "jobs": set(ROOMS),
 }
 
@@ -156,7 +162,7 @@ def test_an_inline_scan_needs_neither_ray_nor_duckdb(
         str(spec),
     )
     assert out == "exit 0\n"
-    assert list((tmp_path / "index" / "commits").iterdir())
+    assert list((tmp_path / "index" / "commits").rglob("*.json"))
 
 
 def test_without_ray_the_default_executor_says_what_to_do(

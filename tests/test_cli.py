@@ -368,7 +368,7 @@ def test_a_stopped_scan_says_so_and_goes_on(
         # A shell starts what it puts in the background, such as these tests, with SIGINT ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        commits = tmp_path / "index" / "commits"
+        commits = tmp_path / "index" / "commits" / "000000"
         deadline = time.monotonic() + 90
         while not (commits.is_dir() and len(list(commits.glob("*.json"))) >= 2):
             assert time.monotonic() < deadline
@@ -460,8 +460,8 @@ def test_no_index_is_one_line(tmp_path: Path, corpuscope: Any, reader: list[str]
         (lambda i: next((i / "data" / "features").iterdir()).unlink(), "No files found that match"),
         (lambda i: next((i / "data" / "features").iterdir()).write_bytes(b"x" * 100), "data/features/"),
         (lambda i: (i / "vocabulary.parquet").unlink(), "vocabulary.parquet"),
-        (lambda i: next((i / "commits").iterdir()).write_text("{"), "commits/"),
-        (lambda i: next((i / "plans").iterdir()).write_text("[1]"), "plans/000000.json"),
+        (lambda i: next((i / "commits").rglob("*.json")).write_text("{"), "commits/"),
+        (lambda i: (i / "plans" / "000000.json").write_text("[1]"), "plans/000000.json"),
     ],
 )
 def test_a_damaged_index_names_the_file_in_one_line(

@@ -26,7 +26,7 @@ import sae_runtime
 from pipelines.background import BackgroundWriter
 from pipelines.chunks import Captured, Placed, PlacedDocument, capture, chunk_tables
 from pipelines.contexts import Context
-from pipelines.ledger import Unit
+from pipelines.registry import Unit
 from pipelines.writer import UnitWriter
 from sae_runtime import fused, reference, screen
 from sae_runtime.encode import Encoder, Sparse, columns, merge, of_tokens

@@ -343,7 +343,7 @@ def test_with_chunks_and_segments_inside_documents(
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     spec = write_spec(tmp_path, corpus={"uri": "a.jsonl"}, context={"length": 32, "overlap": 5})
     assert not scan_inline(spec).failed
-    assert len(list((tmp_path / "index" / "commits").iterdir())) > 2
+    assert len(list((tmp_path / "index" / "commits").rglob("*.json"))) > 2
     rows = Rows(tmp_path / "index")
     assert len(rows.documents) == len(lines)
     check_all(rows)
@@ -482,7 +482,7 @@ def test_a_data_file_without_a_commit_is_invisible(tmp_path: Path, tiny_index: P
         (folder / "half.parquet").write_bytes(file.read_bytes()[:100])
     assert not tiny.differences(before, tiny.views(tmp_path / "index"))
     # And without its commit a unit is not there at all.
-    gone = next((tmp_path / "index" / "commits").iterdir())
+    gone = next((tmp_path / "index" / "commits").rglob("*.json"))
     gone.unlink()
     con = queries.connect(str(tmp_path / "index"))
     assert con.sql("SELECT count(DISTINCT document >> 20) FROM documents").fetchall() == [(23,)]

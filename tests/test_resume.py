@@ -42,12 +42,13 @@ def commits(index: Path) -> dict[str, dict[str, Any]]:
     folder = index / "commits"
     if not folder.is_dir():
         return {}
-    return {f.name: json.loads(f.read_text()) for f in folder.glob("[!.]*.json")}
+    return {f.name: json.loads(f.read_text()) for f in folder.rglob("[!.]*.json")}
 
 
 def kill_after(process: subprocess.Popen[str], index: Path, wanted: int) -> None:
     """SIGKILL the driver as soon as `wanted` units are committed."""
-    while len([n for n in _names(index / "commits") if n.endswith(".json") and n[0] != "."]) < wanted:
+    folder = index / "commits" / "000000"
+    while len([n for n in _names(folder) if n.endswith(".json") and n[0] != "."]) < wanted:
         if process.poll() is not None:
             pytest.fail(f"the scan ended before it could be killed: {process.communicate()}")
         time.sleep(0.001)

@@ -162,7 +162,7 @@ def test_a_lost_answer_is_told_from_a_lost_race() -> None:
 def test_commits_tell_the_truth_about_files(tiny_index: Path) -> None:
     """Path, rows, bytes and checksum; and no row group holds two SAEs or is out of order."""
     files = 0
-    for commit in (json.loads(f.read_text()) for f in (tiny_index / "commits").glob("*.json")):
+    for commit in (json.loads(f.read_text()) for f in (tiny_index / "commits").rglob("*.json")):
         for kind, record in commit["files"].items():
             data = (tiny_index / record["path"]).read_bytes()
             assert record["path"].startswith(f"data/{kind}/")

@@ -1,0 +1,242 @@
+"""What an index holds at one moment: plans, snapshot and commits resolved to units and files.
+
+Invariant: a unit is shown when the newest plan read has it and all its SAE groups are committed; the files
+of a shown unit are named once, by a run or by its commits, and its summaries once, by a node or by its
+commits. Plans are read before commits, so what is seen is the index as of that plan; a file that is gone by
+the time it is read was replaced meanwhile: resolve again. Commits that runs cover are not read, and their
+folders are not listed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.ledger import Commit, DataFileRecord, Ledger
+from pipelines.ordinals import unpack, without
+from pipelines.registry import Plan, Unit, in_corpus_order
+from pipelines.schema import KEYED, ROWS, SUMMARIES, UNIT_FACTS, UNITS
+from pipelines.snapshots import Node, Run, Snapshot, newest, read_nodes, read_runs
+from pipelines.storage import Store
+from sae_runtime.errors import InputError
+
+EVERYTHING = (0, 1 << 62)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What an index is of, by its plans: it changes only when a plan is added."""
+
+    identity: dict[str, Any]
+    plans: tuple[Plan, ...]
+    units: tuple[Unit, ...]  # live ones, in corpus order
+
+    @property
+    def groups(self) -> int:
+        return len(self.identity["groups"])
+
+    @cached_property
+    def live(self) -> np.ndarray:
+        """int64: ordinals of live units in corpus order."""
+        return np.fromiter((unit.ordinal for unit in self.units), np.int64, len(self.units))
+
+    @cached_property
+    def known(self) -> np.ndarray:
+        """int64, ascending: ordinals of all units that ever were."""
+        return np.unique(np.fromiter((unit.ordinal for plan in self.plans for unit in plan.units), np.int64))
+
+    @cached_property
+    def retired(self) -> np.ndarray:
+        """int64, ascending: ordinals of dropped units whose data are given up."""
+        return unpack([pair for plan in self.plans for pair in plan.retired])
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An index at one moment, or the units of a span of ordinals in it."""
+
+    store: Store
+    registered: Registered
+    span: tuple[int, int]
+    snapshot: Snapshot
+    runs: tuple[Run, ...]  # those that have units in the span
+    commits: dict[tuple[int, int], Commit]  # by (ordinal, group), of units that no run covers
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.registered.identity
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        return self.registered.plans
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return self.registered.units
+
+    @property
+    def groups(self) -> int:
+        return self.registered.groups
+
+    @cached_property
+    def live(self) -> np.ndarray:
+        """int64: ordinals of live units in corpus order."""
+        return _between(self.registered.live, *self.span)
+
+    @cached_property
+    def covered(self) -> np.ndarray:
+        """int64, ascending: ordinals whose rows are in a run."""
+        inside = np.concatenate([np.empty(0, np.int64), *(unpack(run.units) for run in self.runs)])
+        return np.sort(_between(inside, *self.span))
+
+    @cached_property
+    def whole(self) -> np.ndarray:
+        """int64, ascending: ordinals that no run covers and whose groups are all committed."""
+        counts: dict[int, int] = {}
+        for ordinal, _ in self.commits:
+            counts[ordinal] = counts.get(ordinal, 0) + 1
+        found = (ordinal for ordinal, n in counts.items() if n == self.groups)
+        return np.sort(np.fromiter(found, np.int64))
+
+    @cached_property
+    def shown(self) -> np.ndarray:
+        """int64: ordinals of shown units, in corpus order."""
+        return self.live[np.isin(self.live, np.concatenate([self.covered, self.whole]))]
+
+    @cached_property
+    def hidden(self) -> np.ndarray:
+        """int64, ascending: ordinals in runs that are not shown: dropped since they were merged."""
+        return without(self.covered, np.sort(self.shown))
+
+    @cached_property
+    def own(self) -> np.ndarray:
+        """int64, ascending: shown units that are read from their own files."""
+        return np.intersect1d(self.shown, self.whole)
+
+    @cached_property
+    def summed(self) -> tuple[tuple[Node, ...], np.ndarray]:
+        """The largest nodes that hold inside the span, and the other shown units of it, ascending."""
+        first, stop = self.span
+        found: list[Node] = []
+        level = list(self.snapshot.nodes)
+        while level:
+            below: list[str] = []
+            for node in read_nodes(self.store, level):
+                inside = first <= node.first and node.stop <= stop
+                if inside and node.members == members(self.shown, node.first, node.stop):
+                    found.append(node)
+                elif node.first < stop and first < node.stop:
+                    below.extend(node.children)
+            level = below
+        alone = np.sort(self.shown)
+        for node in found:
+            alone = alone[(alone < node.first) | (alone >= node.stop)]
+        return tuple(sorted(found, key=lambda node: node.first)), alone
+
+    def commits_of(self, ordinals: Iterable[int]) -> list[Commit]:
+        """All groups' commits of units, by ordinal and group, those that runs cover too."""
+        wanted = [(int(ordinal), group) for ordinal in ordinals for group in range(self.groups)]
+        missing = [pair for pair in wanted if pair not in self.commits]
+        read = dict(zip(missing, Ledger(self.store).read_commits(missing), strict=True))
+        return [self.commits.get(pair) or read[pair] for pair in wanted]
+
+    def files(self, kind: str) -> list[DataFileRecord]:
+        """The files that hold the rows of a kind, or its summaries, of all shown units."""
+        if kind in SUMMARIES:
+            nodes, alone = self.summed
+            return [*_of(nodes, kind), *_own(self.commits_of(alone), kind)]
+        if kind not in (*ROWS, *KEYED):
+            raise KeyError(kind)
+        own = self.commits_of(self.own)
+        return [*_of(self.runs, kind), *_own(own, "document_features" if kind == "by_document" else kind)]
+
+    @cached_property
+    def facts(self) -> pa.Table:
+        """Counts of every unit that was ever committed whole (UNIT_FACTS), shown or not."""
+        tables = [
+            pq.read_table(io.BytesIO(self.store.read(record.path)), schema=UNIT_FACTS)
+            for record in _of(self.runs, UNITS)
+        ]
+        return pa.concat_tables([*tables, facts_of(self.commits_of(self.whole))])
+
+
+def contents(store: Store) -> Contents:
+    """Resolve an index. Raises InputError where there is none."""
+    ledger = Ledger(store)
+    identity = ledger.identity()
+    if identity is None:
+        several = "; several indexes at once are not supported yet" if "," in store.uri else ""
+        raise InputError(f"{store.uri}: no index here (no index.json){several}; `corpuscope scan` makes one")
+    plans = tuple(ledger.plans())
+    return resolve(store, Registered(identity, plans, tuple(in_corpus_order(plans))))
+
+
+def resolve(store: Store, registered: Registered, span: tuple[int, int] = EVERYTHING) -> Contents:
+    """What is committed of the units in a span of ordinals."""
+    snapshot = newest(store)
+    runs = tuple(run for run in read_runs(store, snapshot.runs) if _meets(run, *span))
+    settled = [unpack(ranges) for run in runs for ranges in (run.units, run.gone)]
+    settled_ordinals = np.sort(np.concatenate([np.empty(0, np.int64), *settled]))
+    open_ = without(_between(registered.known, *span), settled_ordinals)
+    return Contents(store, registered, span, snapshot, runs, Ledger(store).commits(open_))
+
+
+def members(shown: np.ndarray, first: int, stop: int) -> str:
+    """Digest of the shown units (in corpus order) in [first, stop): what a node's summaries depend on."""
+    return hashlib.blake2b(_between(shown, first, stop).astype("<i8").tobytes(), digest_size=12).hexdigest()
+
+
+def facts_of(commits: Sequence[Commit]) -> pa.Table:
+    """The counts of units from all their groups' commits, by ordinal."""
+    rows: dict[int, dict[str, Any]] = {}
+    for commit in commits:
+        row = rows.setdefault(
+            commit.ordinal,
+            {
+                "ordinal": commit.ordinal,
+                "run": commit.run,
+                "documents": commit.documents,
+                "contexts": commit.contexts,
+                "tokens": commit.tokens,
+                "started": commit.started,
+                "finished": commit.finished,
+                "bytes": 0,
+            },
+        )
+        row["started"] = min(row["started"], commit.started)
+        row["finished"] = max(row["finished"], commit.finished)
+        row["bytes"] += sum(file.bytes for file in commit.files.values())
+    return pa.Table.from_pylist([rows[ordinal] for ordinal in sorted(rows)], schema=UNIT_FACTS)
+
+
+def places(ordinals: np.ndarray) -> list[tuple[int, int, int]]:
+    """(first, stop, place) of runs of ordinals that follow each other in corpus order as in number."""
+    if not len(ordinals):
+        return []
+    cuts = np.r_[0, np.flatnonzero(np.diff(ordinals) != 1) + 1]
+    stops = np.r_[cuts[1:], len(ordinals)]
+    return [(int(ordinals[a]), int(ordinals[b - 1]) + 1, int(a)) for a, b in zip(cuts, stops, strict=True)]
+
+
+def _between(ordinals: np.ndarray, first: int, stop: int) -> np.ndarray:
+    return ordinals[(ordinals >= first) & (ordinals < stop)]
+
+
+def _meets(run: Run, first: int, stop: int) -> bool:
+    return any(a < stop and first < b for a, b in (*run.units, *run.gone))
+
+
+def _of(merged: Iterable[Run | Node], kind: str) -> list[DataFileRecord]:
+    return [record for each in merged for record in each.files.get(kind, ())]
+
+
+def _own(commits: Iterable[Commit], kind: str) -> list[DataFileRecord]:
+    return [commit.files[kind] for commit in commits if kind in commit.files]

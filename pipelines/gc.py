@@ -1,0 +1,183 @@
+"""Garbage: what no commit, snapshot or plan names, removed once nobody can come to need it.
+
+Three kinds, each with its own proof that it is dead:
+- files of an attempt whose (unit, group) another attempt has committed: at once, as no commit is replaced;
+- files that a snapshot replaced, and those of units that the corpus dropped: READERS seconds after that, so
+  that whoever resolved the index before can finish. A dropped unit is first *retired* in the registry
+  (put-if-absent beside the plans of scans): until then its file can come back and find its data, afterwards
+  it is scanned anew;
+- work that nothing names: after UNFINISHED seconds, far beyond the age at which an attempt refuses to commit.
+Ages are told by the store's own clock, for both ends. Invariant: killed at any point it leaves an index that
+reads the same, and the next gc goes on.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipelines.contents import Contents, contents
+from pipelines.faults import crash
+from pipelines.ledger import Ledger
+from pipelines.ordinals import pack, unpack
+from pipelines.registry import Plan, objects
+from pipelines.schema import DATA, KEYED, MANIFESTS, PLANS, ROWS, SNAPSHOTS
+from pipelines.snapshots import Node, Run, read_nodes, read_runs
+from pipelines.storage import Entry, Store
+
+READERS = 600.0
+UNFINISHED = 86400.0
+_OWN = re.compile(r"(?P<kind>\w+)/(?P<unit>[0-9a-f]+)\.(?P<group>\d+)-(?P<attempt>[0-9a-f]+)\.parquet")
+_MERGED = re.compile(r"\w+/(?P<stem>(?:run|node)-\d+-\d+-[0-9a-f]+)(?:-\d+)*\.parquet")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a gc did; sizes in bytes."""
+
+    retired: int  # units
+    removed: int  # objects
+    bytes: int
+    waiting: int  # objects that are garbage, but too young
+    waiting_bytes: int
+
+
+def collect(store: Store, readers: float = READERS, unfinished: float = UNFINISHED) -> Collected:
+    """Remove garbage of at least these ages (seconds). Raises InputError where there is no index."""
+    retired = _retire(store, readers)
+    crash("gc-retired")
+    garbage = list(_garbage(store, contents(store), readers, unfinished))
+    named = _named(store)  # by now: what was published since the index was resolved stays
+    dead = [entry for entry, ripe in garbage if ripe and entry.name not in named]
+    # Data before the manifests that name them: what is left of a killed gc is then garbage still.
+    for part in (DATA, MANIFESTS, SNAPSHOTS, PLANS):
+        names = [entry.name for entry in dead if entry.name.startswith(f"{part}/")]
+        for first in range(0, len(names), 1000):
+            store.remove(names[first : first + 1000])
+            crash("gc-removing")
+    young = [entry for entry, ripe in garbage if not ripe]
+    return Collected(retired, len(dead), sum(e.size for e in dead), len(young), sum(e.size for e in young))
+
+
+def _retire(store: Store, readers: float) -> int:
+    """Give up the units that were dropped at least `readers` seconds ago; how many."""
+    ledger = Ledger(store)
+    while True:
+        plans = contents(store).plans
+        now = store.now()
+        gone: set[int] = set()
+        live: set[int] = set()
+        for plan in plans:
+            dropped = set(unpack(plan.dropped).tolist())
+            live = (live | {unit.ordinal for unit in plan.units}) - dropped
+            if now - store.modified(f"{PLANS}/{plan.run - 1:06d}.json") >= readers:
+                gone |= dropped
+        retired = np.array(sorted(gone - live - _retired(plans)), np.int64)
+        if not len(retired):
+            return 0
+        plan = Plan(
+            run=len(plans) + 1,
+            started=time.time(),
+            spec="",
+            code="",
+            device="",
+            environment={},
+            files=(),
+            units=(),
+            dropped=(),
+            kind="gc",
+            retired=pack(retired),
+        )
+        if ledger.add_plan(plan):
+            return len(retired)
+
+
+def _retired(plans: Iterable[Plan]) -> set[int]:
+    return {ordinal for plan in plans for ordinal in unpack(plan.retired).tolist()}
+
+
+def _garbage(
+    store: Store, found: Contents, readers: float, unfinished: float
+) -> Iterable[tuple[Entry, bool]]:
+    """Objects that nothing needs, each with whether it is old enough to go."""
+    now = store.now()
+    manifests = {entry.name: entry for entry in store.details(MANIFESTS)}
+    needed, runs = _merged_in_use(store, found)
+    since = _covered_since(runs, manifests)
+    stems = {name.rsplit("/", 1)[-1].removesuffix(".json") for name in needed}
+    commits = Ledger(store).commits()
+    known = {unit.ordinal: unit for plan in found.plans for unit in plan.units}
+    retired = _retired(found.plans)
+    attempts: dict[tuple[str, int], dict[str, int]] = {}  # (unit, group) -> attempt -> ordinal
+    for (ordinal, group), commit in commits.items():
+        attempts.setdefault((commit.unit, group), {})[commit.attempt] = ordinal
+    open_ = {
+        (unit.unit, group)
+        for unit in known.values()
+        for group in range(found.groups)
+        if unit.ordinal not in retired and (unit.ordinal, group) not in commits
+    }
+    replaced = _replaced(store)
+    for entry in store.details(DATA):
+        name = entry.name.removeprefix(f"{DATA}/")
+        if match := _OWN.fullmatch(name):
+            place = match["unit"], int(match["group"])
+            own = attempts.get(place, {}).get(match["attempt"])
+            if own is None:
+                dead = place not in open_ and place in attempts
+                yield entry, dead or now - entry.modified >= unfinished
+            elif own in retired:
+                yield entry, True
+            elif match["kind"] in (*ROWS, *KEYED) and own in since:
+                yield entry, now - since[own] >= readers
+        elif (match := _MERGED.fullmatch(name)) and match["stem"] not in stems:
+            at = replaced.get(f"{MANIFESTS}/{match['stem']}.json")
+            yield entry, now - entry.modified >= unfinished or (at is not None and now - at >= readers)
+    for entry in manifests.values():
+        if entry.name not in needed:
+            at = replaced.get(entry.name)
+            yield entry, now - entry.modified >= unfinished or (at is not None and now - at >= readers)
+    newest = f"{SNAPSHOTS}/{found.snapshot.number:06d}.json"
+    for entry in store.details(SNAPSHOTS):
+        if entry.name < newest:
+            yield entry, now - entry.modified >= unfinished  # until then they tell what was replaced when
+    tables = {f"{PLANS}/{plan.run - 1:06d}-{plan.attempt}" for plan in found.plans}
+    for entry in store.details(PLANS):
+        if entry.name.endswith(".parquet") and entry.name.split(".")[0] not in tables:
+            yield entry, now - entry.modified >= unfinished
+
+
+def _named(store: Store) -> set[str]:
+    """Manifests and merged files that the newest snapshot needs."""
+    found = contents(store)
+    needed, _ = _merged_in_use(store, found)
+    runs, nodes = found.snapshot.runs, sorted(needed - set(found.snapshot.runs))
+    merged: list[Run | Node] = [*read_runs(store, runs), *read_nodes(store, nodes)]
+    return needed | {r.path for each in merged for records in each.files.values() for r in records}
+
+
+def _merged_in_use(store: Store, found: Contents) -> tuple[set[str], list[Run]]:
+    """Manifests that the newest snapshot needs, those below its nodes too; and its runs."""
+    needed = set(found.snapshot.runs)
+    level = list(found.snapshot.nodes)
+    while level:
+        needed |= set(level)
+        level = [child for node in read_nodes(store, level) for child in node.children]
+    return needed, read_runs(store, found.snapshot.runs)
+
+
+def _covered_since(runs: Iterable[Run], manifests: dict[str, Entry]) -> dict[int, float]:
+    """When each unit's rows came to be in a run, by ordinal."""
+    return {ordinal: manifests[run.name].modified for run in runs for ordinal in unpack(run.units).tolist()}
+
+
+def _replaced(store: Store) -> dict[str, float]:
+    """When the manifests that snapshots named, and the newest does not name any more, were replaced."""
+    entries = sorted(store.details(SNAPSHOTS), key=lambda entry: entry.name)
+    heads = objects(store, [entry.name for entry in entries])
+    last = {name: i for i, head in enumerate(heads) for name in (*head["runs"], *head["nodes"])}
+    return {name: entries[i + 1].modified for name, i in last.items() if i + 1 < len(entries)}

@@ -1,0 +1,156 @@
+"""Snapshots: which merged files stand for which units.
+
+    snapshots/000000.json                   names the runs and nodes that hold now
+    manifests/<stem>.json                   one run or node: what it covers, its files with checksums
+
+A *run* holds the rows of many units, sorted by (sae, feature, ...); it replaces their own files. A *node*
+holds the merged summaries of all shown units between two ordinals; the nodes and units that it was merged
+from stay, because maxima and samples cannot be subtracted when a unit goes.
+Invariant: nothing here is ever changed; snapshot n + 1 is created at most once (put-if-absent), so readers
+have one or the other whole. A snapshot that names 50 manifests stands for a million units.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.ledger import DataFileRecord
+from pipelines.ordinals import Ranges
+from pipelines.registry import dump, objects
+from pipelines.schema import MANIFESTS, SNAPSHOTS
+from pipelines.storage import Store, names
+from sae_runtime.errors import DataError
+
+Files = dict[str, tuple[DataFileRecord, ...]]  # by kind
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of units, merged."""
+
+    name: str  # of its manifest
+    level: int
+    units: Ranges  # whose rows are inside, shown or not
+    gone: Ranges  # retired units whose rows were left out; `units.parquet` still counts them
+    files: Files
+
+
+@dataclass(frozen=True)
+class Node:
+    """Summaries of the shown units in [first, stop), merged."""
+
+    name: str
+    level: int
+    first: int
+    stop: int
+    members: str  # digest of those units' ordinals in corpus order
+    files: Files
+    children: tuple[str, ...]  # manifests of the nodes it was merged from; other units were merged one by one
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Names of manifests."""
+
+    number: int
+    runs: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+
+
+NONE = Snapshot(-1)
+# Manifests never change, and a scan that compacts as it goes asks for the same ones again and again.
+_read: dict[tuple[str, str], tuple[dict[str, Any], Files]] = {}
+_READ_MOST = 1 << 12
+
+
+def newest(store: Store) -> Snapshot:
+    """The newest snapshot, or one of nothing."""
+    numbers = list(names(store, SNAPSHOTS, ".json"))
+    if not numbers:
+        return NONE
+    name = f"{SNAPSHOTS}/{numbers[-1]}.json"
+    [data] = objects(store, [name])
+    try:
+        return Snapshot(int(data["number"]), tuple(data["runs"]), tuple(data["nodes"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{store.uri}/{name}: damaged, not a snapshot") from error
+
+
+def publish(store: Store, snapshot: Snapshot) -> bool:
+    """Make a snapshot the newest; False if another one of its number was first."""
+    head = {
+        "number": snapshot.number,
+        "attempt": uuid.uuid4().hex[:8],
+        "runs": snapshot.runs,
+        "nodes": snapshot.nodes,
+    }
+    return store.put_if_absent(f"{SNAPSHOTS}/{snapshot.number:06d}.json", dump(head))
+
+
+def write_run(store: Store, run: Run) -> None:
+    """Write a run's manifest, under its attempt-unique name."""
+    head = {"level": run.level, "units": run.units, "gone": run.gone}
+    store.write(run.name, dump({**head, **_named(run.files)}))
+
+
+def write_node(store: Store, node: Node) -> None:
+    """Write a node's manifest, under its attempt-unique name."""
+    head = {"level": node.level, "first": node.first, "stop": node.stop, "members": node.members}
+    store.write(node.name, dump({**head, "children": node.children, **_named(node.files)}))
+
+
+def read_runs(store: Store, manifests: Sequence[str]) -> list[Run]:
+    """Runs by the names of their manifests. DataError for one that is damaged."""
+    return [
+        Run(name, data["level"], _ranges(data["units"]), _ranges(data["gone"]), files)
+        for name, data, files in _manifests(store, manifests)
+    ]
+
+
+def read_nodes(store: Store, manifests: Sequence[str]) -> list[Node]:
+    """Nodes by the names of their manifests. DataError for one that is damaged."""
+    return [
+        Node(
+            name, data["level"], data["first"], data["stop"], data["members"], files, tuple(data["children"])
+        )
+        for name, data, files in _manifests(store, manifests)
+    ]
+
+
+def manifest_name(stem: str) -> str:
+    """Where the manifest of a stem lies."""
+    return f"{MANIFESTS}/{stem}.json"
+
+
+def _manifests(store: Store, manifests: Sequence[str]) -> list[tuple[str, dict[str, Any], Files]]:
+    found = {name: _read[store.uri, name] for name in manifests if (store.uri, name) in _read}
+    missing = [name for name in manifests if name not in found]
+    for name, data in zip(missing, objects(store, missing), strict=True):
+        try:
+            files = {
+                kind: tuple(DataFileRecord(**record) for record in records)
+                for kind, records in data["files"].items()
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{store.uri}/{name}: damaged, not a manifest") from error
+        found[name] = data, files
+        if len(_read) >= _READ_MOST:
+            _read.clear()
+        _read[store.uri, name] = data, files
+    return [(name, *found[name]) for name in manifests]
+
+
+def _named(files: Files) -> dict[str, Any]:
+    return {
+        "files": {
+            kind: [{"path": r.path, "rows": r.rows, "bytes": r.bytes, "digest": r.digest} for r in records]
+            for kind, records in files.items()
+        }
+    }
+
+
+def _ranges(data: Sequence[Sequence[int]]) -> Ranges:
+    return tuple((int(first), int(stop)) for first, stop in data)
