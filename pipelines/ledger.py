@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipelines.schema import COMMITS, FAILURES, FORMAT, INDEX, PLANS
+from pipelines.schema import COMMITS, FORMAT, INDEX, PLANS
 from pipelines.storage import Store, names
 from sae_runtime.errors import DataError, InputError
 
@@ -101,7 +101,7 @@ class Commit:
 
 
 class Ledger:
-    """Plans, commits and failures of one index."""
+    """Plans and commits of one index."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -149,15 +149,6 @@ class Ledger:
     def commit(self, commit: Commit) -> bool:
         """Publish a unit's group. False when another attempt was first: its files stay the truth."""
         return self.store.put_if_absent(commit.name, dump(asdict(commit)))
-
-    def fail(self, unit: str, group: int, attempt: str, record: dict[str, Any]) -> None:
-        """Keep a failed attempt on record."""
-        self.store.write(f"{FAILURES}/{unit}.{group}-{attempt}.json", dump(record))
-
-    def failures(self) -> list[dict[str, Any]]:
-        """Every recorded failure, with `unit`, `group`, `error` and `time`."""
-        items = [f"{FAILURES}/{name}.json" for name in names(self.store, FAILURES, ".json")]
-        return self._objects(items)
 
     def _objects(self, items: list[str]) -> list[dict[str, Any]]:
         """JSON objects by name. DataError names one that is damaged."""

@@ -5,7 +5,8 @@
     plans/000000.json              registry, append-only: files, units with their ordinals, what is dropped
     commits/<unit>.<group>.json    the only truth about data: files with rows, bytes, checksum
     data/<kind>/<unit>.<group>-<attempt>.parquet
-    failures/<unit>.<group>-<attempt>.json
+    failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
+    leases/<term>.json             who may scan; heartbeat.json says that they live
 
 Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit; `token` in activation
 rows is context * context length + position. Dense ordinals keep the position column small (design

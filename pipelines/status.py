@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
-from pipelines.heartbeat import running
+from pipelines.failures import Failure, Failures
+from pipelines.lease import running
 from pipelines.ledger import Ledger, live_units
 from pipelines.storage import Store
 from sae_runtime.errors import InputError
@@ -28,6 +28,7 @@ class Status:
     failed: int  # tried, given up on, not committed since
     pending: int  # not committed, not failed
     running: int  # of the pending ones, in flight now
+    scan: str | None  # who is at work: run, process, host
     documents: int  # of committed units
     tokens: int  # counted, of committed units
     quarantined: int  # documents
@@ -49,16 +50,16 @@ def status(uri: str) -> Status:
     groups = len(identity["groups"])
     done = {unit.unit for unit in units if all((unit.unit, group) in commits for group in range(groups))}
     open_units = {unit.unit for unit in units} - done
-    failures = sorted(ledger.failures(), key=lambda f: -f["time"])
-    errors = {f["unit"]: _placed(f) for f in reversed(failures) if f["unit"] in open_units}
-    note = running(store)
-    flying = {unit for unit in note["units"] if unit in open_units} if note else set()
+    failures = sorted(Failures(store).last(open_units), key=lambda f: -f.time)
+    errors = {f.unit: _placed(f) for f in failures if f.final}
+    scan = running(store)
+    flying = {unit for unit in scan[1].units if unit in open_units} if scan else set()
     mine = [commit for (unit, _), commit in commits.items() if unit in done]
     first = [commit for commit in mine if commit.group == 0]
     failed = set(errors) - flying
     return Status(
         index=uri,
-        state="running" if note else "complete" if plans and not open_units else "incomplete",
+        state="running" if scan else "complete" if plans and not open_units else "incomplete",
         runs=len(plans),
         saes=len(identity["saes"]),
         units=len(units),
@@ -66,6 +67,7 @@ def status(uri: str) -> Status:
         failed=len(failed),
         pending=len(open_units) - len(failed),
         running=len(flying),
+        scan=scan[0].words if scan else None,
         documents=sum(commit.documents for commit in first),
         tokens=sum(commit.tokens for commit in first),
         quarantined=0,
@@ -75,7 +77,7 @@ def status(uri: str) -> Status:
     )
 
 
-def _placed(failure: dict[str, Any]) -> str:
+def _placed(failure: Failure) -> str:
     """A failure's error with the file it is about, named once."""
-    error, source = str(failure["error"]), str(failure["source"])
+    error, source = failure.error, failure.source
     return error if error.startswith(source) else f"{source}: {error}"
