@@ -12,7 +12,7 @@ import errno
 import json
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -59,9 +59,9 @@ class Failures:
         for account in self._found.values():
             account.sort()
 
-    def tried(self) -> dict[Key, Tried]:
+    def tried(self) -> dict[Hashable, Tried]:
         """Failures of each account that is open, by (unit, group)."""
-        counts = {}
+        counts: dict[Hashable, Tried] = {}
         for key, account in self._found.items():
             tried = Tried()
             for _, kind, _ in _open(account):
@@ -132,6 +132,4 @@ def _failure(store: Store, path: str, data: bytes) -> Failure:
         found: dict[str, Any] = json.loads(data)
         return Failure(**{**found, "rows": tuple(found["rows"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{store.uri}/{path}: damaged, not a record of a failure; remove that file"
-        ) from error
+        raise DataError(f"{store.uri}/{path}: damaged; remove that file") from error

@@ -291,13 +291,14 @@ class Scheduler(Generic[T, W]):
                 found.append(attempt)
         return found
 
-    def wake(self) -> float | None:
-        """When time alone changes what `assign` or `overdue` say; None if it never will."""
+    def wake(self, now: float) -> float | None:
+        """When time alone changes what `assign` or `overdue` said just now; None if it never will."""
         while self._deadlines and self._deadlines[0][1] not in self._attempts:
             heapq.heappop(self._deadlines)
         times = [heap[0][0] for heap in (self._later, self._resting, self._deadlines) if heap]
         if self._idle and self._head is None and not self._urgent and self._durations.count:
-            times += [self._late(self._attempts[n][0]) for n in islice(self._alone, _LOOK)]
+            late = (self._late(self._attempts[n][0]) for n in islice(self._alone, _LOOK))
+            times += [at for at in late if at > now]  # the others suit nobody who is idle
         return min(times, default=None)
 
     # --- inside

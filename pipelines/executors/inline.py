@@ -49,7 +49,7 @@ class InlineExecutor:
             now = time.monotonic()
             attempt = scheduler.assign(now)
             if attempt is None:
-                due = scheduler.wake()
+                due = scheduler.wake(now)
                 time.sleep(min(_NAP, max(0.0, (now if due is None else due) - now)))
             else:
                 self._one(scheduler, attempt, observe)

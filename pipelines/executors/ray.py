@@ -221,8 +221,8 @@ class _Drive:
         scheduler = self._scheduler
         while not scheduler.done:
             now = time.monotonic()
-            for attempt in scheduler.overdue(now):
-                self._expired(attempt, now)
+            for late in scheduler.overdue(now):
+                self._expired(late, now)
             self._ask_to_join(now)
             while (attempt := scheduler.assign(now)) is not None:
                 actor = self._slots[attempt.worker].actor
