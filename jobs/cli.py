@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -31,6 +32,7 @@ from jobs.output import (
 from sae_runtime.errors import CorpuscopeError, InputError, Interrupted, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
+_TIDY_SECONDS = 10.0
 # Errors of a disk or a filesystem that mean a wrong path, not a failure.
 _WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -133,7 +135,7 @@ def status(index: str, format_: str) -> None:
         return
     facts = {
         "index": found.index,
-        "state": found.state,
+        "state": f"{found.state} ({found.scan})" if found.scan else found.state,
         "runs": f"{found.runs:,}",
         "SAEs": f"{found.saes:,}",
         "units": f"{found.committed:,} of {found.units:,} committed, {found.running:,} running, "
@@ -366,11 +368,18 @@ def _write_parquet(result: Any, output: str) -> None:
 def _stop_on_signals() -> threading.Event:
     """SIGTERM, and a terminal that closes, stop a scan as Ctrl-C does; committed units stay.
 
-    The event is set from then on.
+    The event is set from then on. Whoever stops a scan often sends several signals; for a few seconds
+    after the first one they do not disturb the tidying up.
     """
     stopped = threading.Event()
+    first = 0.0
 
     def stop(number: int, frame: object) -> None:
+        nonlocal first
+        if not stopped.is_set():
+            first = time.monotonic()
+        elif time.monotonic() - first < _TIDY_SECONDS:
+            return
         stopped.set()
         raise KeyboardInterrupt
 

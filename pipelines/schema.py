@@ -6,7 +6,8 @@
     commits/<range>/<unit>.<group>.json    the only truth about data: files with rows, bytes, checksum
     snapshots/000000.json          which merged files stand for which units; manifests/ name those files
     data/<kind>/<unit>.<group>-<attempt>.parquet
-    failures/<unit>.<group>-<attempt>.json
+    failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
+    leases/<term>.json             who may scan; heartbeat.json says that they live
 
 Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit; `token` in activation
 rows is context * context length + position. Dense ordinals keep the position column small (design

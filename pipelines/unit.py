@@ -36,6 +36,7 @@ from pipelines.contexts import (
 )
 from pipelines.conversations import Conversations
 from pipelines.corpus import Document, read_documents
+from pipelines.faults import crash
 from pipelines.files import SourceFile, check_unchanged
 from pipelines.ledger import Commit, Ledger
 from pipelines.partials import Moments, SampledDocuments, write_summary
@@ -125,6 +126,7 @@ class Scanner:
         Raises DataError for documents or activations that cannot be processed, and for a file that
         has changed since it was planned.
         """
+        crash("before-unit")
         self.load(work.group)
         started = time.time()
         attempt = uuid.uuid4().hex[:8]
@@ -155,7 +157,9 @@ class Scanner:
         crash("before-commit")
         check_unchanged(work.file, work.unit.digest)
         ledger = Ledger(self.store)
-        if ledger.commit(commit):
+        created = ledger.commit(commit)
+        crash("after-commit")
+        if created:
             return Scanned(commit, True, scan.measured())
         [other] = ledger.read_commits([(commit.ordinal, commit.group)])
         return Scanned(other, own=False)
@@ -400,12 +404,3 @@ class _UnitScan:
 def device_name(device: str) -> str:
     """The kind of device, with the GPU's model where it is in this machine."""
     return torch.cuda.get_device_name(device) if device == "cuda" and torch.cuda.is_available() else device
-
-
-def crash(point: str) -> None:
-    """Fault point for tests: end the process at once if $CORPUSCOPE_CRASH names this point.
-
-    A real scan never sets it; the process ends as SIGKILL would end it, without clean-up.
-    """
-    if os.environ.get("CORPUSCOPE_CRASH") == point:
-        os._exit(137)

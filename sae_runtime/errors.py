@@ -29,6 +29,17 @@ class Interrupted(CorpuscopeError):
     exit_code = 75
 
 
+def is_infrastructure(error: BaseException) -> bool:
+    """Whether the machine, its memory, the network or storage failed, so that no document is to blame.
+
+    Out of memory, a GPU that fails, and every OSError that is not ours.
+    """
+    if isinstance(error, (OSError, MemoryError)) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("out of memory", "can't allocate memory", "CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The first non-empty line of an exception's text, cut to `limit` characters."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
