@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-FORMAT = 2
+FORMAT = 3
 LOCAL_BITS = 20
 LOCAL_MAX = 1 << LOCAL_BITS
 WINDOW = 64  # positions on either side of a maximum; sae_runtime/summaries.py gathers as many
@@ -50,8 +50,18 @@ def _full(columns: Iterable[Any]) -> pa.Schema:
 
 VOCABULARY_SCHEMA = pa.schema([("token", pa.int32()), ("text", pa.string()), ("bytes", pa.binary())])
 
-# Per unit and SAE group, except documents, segments and contexts: per unit, written with group 0.
+# Per unit and SAE group, except documents, quarantine, segments and contexts: per unit, with group 0.
 SCHEMAS: dict[str, pa.Schema] = {
+    # Documents that could not be scanned, keyed as if they were in documents.
+    "quarantine": pa.schema(
+        [
+            ("document", pa.int64()),
+            ("source", pa.string()),
+            ("row", pa.int64()),
+            ("id", pa.string()),
+            ("error", pa.string()),
+        ]
+    ),
     # Of conversations only; any other document is one segment of role `text`.
     "segments": pa.schema(
         [

@@ -68,7 +68,7 @@ def status(uri: str) -> Status:
         running=len(flying),
         documents=sum(commit.documents for commit in first),
         tokens=sum(commit.tokens for commit in first),
-        quarantined=0,
+        quarantined=sum(commit.quarantined for commit in first),
         bytes=sum(file.bytes for commit in mine for file in commit.files.values()),
         last_commit=time.time() - max(c.finished for c in mine) if mine else None,
         errors=tuple(dict.fromkeys(errors[unit] for unit in errors if unit in failed)),
