@@ -86,8 +86,8 @@ def check_groups(place: str, one: Sequence[int], other: Sequence[int]) -> None:
     rows = sorted({*one} ^ {*other})
     if rows:
         raise DataError(
-            f"{place}: row {rows[0]}: the model can run this document for some of the SAEs, not for others at "
-            "other sites; scan those into an index of their own"
+            f"{place}: row {rows[0]}: the model can run this document for some of the SAEs, not for those at "
+            "other sites; scan these into an index of their own"
         )
 
 
@@ -115,6 +115,6 @@ class Tally:
         if systematic(self.read, self.quarantined):
             raise CorpuscopeError(
                 f"index {self.index}: {self.quarantined:,} of {self.read:,} documents cannot be scanned, too "
-                "many to be the fault of single ones; `SELECT * FROM quarantine` says what is wrong; mend the "
-                "corpus, or scan it into another index with other settings"
+                "many to be the fault of single ones; `SELECT * FROM quarantine` says why; mend the corpus "
+                "or scan it into another index with other settings"
             )

@@ -409,12 +409,15 @@ class Table:
         with _arrow():
             yield from self._parquet.iter_batches(BATCH_ROWS, [group], list(columns))
 
-    def _open_ipc(self, options: pa.ipc.IpcReadOptions | None = None) -> Any:
-        """The random-access file format if its magic is there, else the stream format."""
+    def _seeks(self) -> bool:
+        """Whether an Arrow file is of the random-access format, by its magic; else it is a stream."""
         self._stream.seek(0)
         magic = self._stream.read(6)
         self._stream.seek(0)
-        read = pa.ipc.open_file if magic == b"ARROW1" else pa.ipc.open_stream
+        return magic == b"ARROW1"
+
+    def _open_ipc(self, options: pa.ipc.IpcReadOptions | None = None) -> Any:
+        read = pa.ipc.open_file if self._seeks() else pa.ipc.open_stream
         return read(self._stream, options=options)
 
     def _ipc_batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch | Damaged]:
@@ -442,7 +445,8 @@ class Table:
         at = 0
         for number, found in enumerate(self._ipc_batches(columns)):
             counted = found
-            if isinstance(found, Damaged) and len(columns) > 1:  # what planning reads of it has its rows
+            # A file says where its next batch is, and the column that planning reads how many rows this has.
+            if isinstance(found, Damaged) and len(columns) > 1 and self._seeks():
                 counted = next(islice(self._ipc_batches(columns[:1]), number, None), found)
             if isinstance(counted, Damaged):
                 yield Part(at, 1, _unreadable("file", str(counted)), rest=True)
@@ -529,8 +533,8 @@ def _is_text(kind: pa.DataType) -> bool:
 def text_sizes(column: pa.Array) -> list[int | None]:
     """Bytes of each value of a `plain` column of text."""
     if pa.types.is_dictionary(column.type):
-        return pc.binary_length(column.dictionary).take(column.indices).to_pylist()  # type: ignore[no-any-return]
-    return pc.binary_length(column).to_pylist()  # type: ignore[no-any-return]
+        return pc.binary_length(column.dictionary).take(column.indices).to_pylist()
+    return pc.binary_length(column).to_pylist()
 
 
 def too_large(column: pa.Array) -> list[int]:

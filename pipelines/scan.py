@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from pipelines.planning import (
     plan_units,
     prepare,
 )
+from pipelines.quarantine import Tally
 from pipelines.schema import VOCABULARY
 from pipelines.selfcheck import MIN_TOKENS, complaints
 from pipelines.spec import ScanSpec
@@ -73,6 +74,7 @@ class Outcome:
     tokens: int  # counted, committed now
     seconds: float
     failed: tuple[Failed, ...]
+    quarantined: int  # documents of the index that could not be scanned, those of earlier runs too
 
 
 Observer = Callable[[Started | Event], None]
@@ -104,22 +106,26 @@ def run_scan(
         want = identity(prepared, metadata, groups)
         if have is not None:
             check_identity(spec.index, have, want)
-        todo = _todo(planned, ledger, len(groups), have is not None)
+        done = ledger.commits() if have is not None else {}
+        live = {unit.unit for unit in planned.units}
+        tally = Tally(spec.index, len(groups), (c for c in done.values() if c.unit in live))
+        tally.check()
+        todo = _todo(planned, done, len(groups))
         if options.address is not None and spec.model.device == "auto" and session.device == "cpu":
             notice(
                 "note: the cluster has no GPU now, so this scans on CPUs; `model.device: cuda` waits for GPUs"
             )
         _name_limits(planned, spec, notice)
         if not todo and not planned.is_new:
-            return Outcome(planned.plan.run, 0, 0, 0, 0.0, ())
+            return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
         check_size(prepared, planned, estimate(prepared, planned, groups), spec.index)
         if todo:
             session.connect()
         _register(store, ledger, want, planned, prepared)
         _name_changes(planned, notice)
         if not todo:
-            return Outcome(planned.plan.run, 0, 0, 0, 0.0, ())
-        return session.execute(prepared, planned, groups, metadata, todo, observe, ledger, notice)
+            return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
+        return session.execute(prepared, planned, groups, metadata, todo, observe, ledger, notice, tally)
 
 
 class _Session:
@@ -152,6 +158,7 @@ class _Session:
         observe: Observer,
         ledger: Ledger,
         notice: Notice,
+        tally: Tally,
     ) -> Outcome:
         """Run the (group, ordinal) pairs of `todo`."""
         by_id = {sae.id: sae for sae in prepared.saes}
@@ -225,6 +232,9 @@ class _Session:
                 }
                 ledger.fail(work.unit.unit, work.group, f"{time.time_ns():x}", record)
             observe(event)
+            if isinstance(event, Committed):
+                tally.add(event.commit)
+                tally.check()
 
         try:
             executor.run(items, watch)
@@ -239,6 +249,7 @@ class _Session:
             sum(c.tokens for c in first),
             time.monotonic() - began,
             tuple(failed),
+            tally.quarantined,
         )
 
     def connect(self) -> None:
@@ -272,9 +283,8 @@ class _Session:
         return RayExecutor(setup, min(workers, max(1, items)), self.options.address is None)
 
 
-def _todo(planned: Planned, ledger: Ledger, groups: int, exists: bool) -> list[tuple[int, int]]:
+def _todo(planned: Planned, done: Mapping[tuple[str, int], Commit], groups: int) -> list[tuple[int, int]]:
     """(group, ordinal) pairs without a commit, group by group so that SAEs are loaded once."""
-    done = ledger.commits() if exists else {}
     return [
         (group, unit.ordinal)
         for group in range(groups)
