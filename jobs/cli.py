@@ -1,8 +1,8 @@
 """The command line: parse, call, print. Every command is a few lines over the rooms below.
 
 Invariant: an error that a user can cause is one line on stderr and an exit code of `errors.py`
-(0 done, 1 failed, 2 wrong input, 75 not finished here); heavy imports happen inside the commands, so
-that `--help` and reading commands start fast.
+(0 done, 1 failed, 2 wrong input, 3 done but for documents in quarantine, 75 not finished here); heavy
+imports happen inside the commands, so that `--help` and reading commands start fast.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jobs.output import (
     print_rows,
     show,
 )
-from sae_runtime.errors import CorpuscopeError, InputError, Interrupted, one_line
+from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interrupted, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
 _TIDY_SECONDS = 10.0
@@ -86,6 +86,7 @@ def scan(
         outcome = run_scan(loaded, text, options, observe, message)
     if not outcome.items:
         message(f"nothing to scan: every unit of the corpus is committed (run {outcome.run}, {loaded.index})")
+        _end(outcome.quarantined, loaded.index)
         return
     rate = outcome.tokens / outcome.seconds if outcome.seconds else 0.0
     message(
@@ -99,6 +100,17 @@ def scan(
             f"{len(outcome.failed)} of {count(outcome.items, 'unit')} failed, the first at "
             f"{placed(first.work.unit.path, first.error)}; mend that and run again, committed units stay"
         )
+    _end(outcome.quarantined, loaded.index)
+
+
+def _end(quarantined: int, index: str) -> None:
+    """Say how many documents could not be scanned, if any; that has an exit code of its own."""
+    if quarantined:
+        message(
+            f"{count(quarantined, 'document')} could not be scanned, everything else is indexed: "
+            f'corpuscope sql {index} "SELECT * FROM quarantine" says which and why'
+        )
+        click.get_current_context().exit(QUARANTINED)
 
 
 @cli.command()

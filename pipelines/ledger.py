@@ -42,7 +42,9 @@ class Commit:
     group: int
     attempt: str
     run: int
-    documents: int
+    documents: int  # indexed
+    quarantined: int  # documents of the unit that could not be scanned: read = documents + quarantined
+    poison: tuple[int, ...]  # rows of those of them that the model refuses, ascending
     contexts: int
     tokens: int  # counted
     tokens_run: int
@@ -128,7 +130,7 @@ class Ledger:
 
 def _commit(data: dict[str, Any]) -> Commit:
     files = {kind: DataFileRecord(**record) for kind, record in data.pop("files").items()}
-    return Commit(files=files, **data)
+    return Commit(files=files, poison=tuple(data.pop("poison")), **data)
 
 
 def _ordinal(name: str) -> int:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from pipelines.contents import Registered, resolve
+from pipelines.contents import Contents, Registered, resolve
 from pipelines.estimate import check_size, estimate
 from pipelines.executors.base import Attempted, Committed, Event, Executor, Failed, Progress
 from pipelines.executors.inline import InlineExecutor
@@ -34,6 +36,7 @@ from pipelines.planning import (
     plan_units,
     prepare,
 )
+from pipelines.quarantine import Tally
 from pipelines.registry import Unit
 from pipelines.schema import VOCABULARY
 from pipelines.selfcheck import MIN_TOKENS, complaints
@@ -77,6 +80,7 @@ class Outcome:
     tokens: int  # counted, committed now
     seconds: float
     failed: tuple[Failed, ...]
+    quarantined: int  # documents of the index that could not be scanned, those of earlier runs too
 
 
 Observer = Callable[[Started | Event], None]
@@ -105,7 +109,10 @@ def run_scan(
             want = identity(prepared, metadata, groups)
             if have is not None:
                 check_identity(spec.index, have, want)
-            todo = _Todo(planned, store, have, len(groups))
+            held = None if have is None else resolve(store, Registered(have, planned.plans, planned.units))
+            tally = _tally(spec.index, len(groups), held)
+            tally.check()
+            todo = _Todo(planned, held, len(groups))
             if options.address is not None and spec.model.device == "auto" and session.device == "cpu":
                 notice(
                     "note: the cluster has no GPU now, so this scans on CPUs; `model.device: cuda` waits for "
@@ -113,7 +120,7 @@ def run_scan(
                 )
             _name_limits(planned, spec, notice)
             if not todo.items and not planned.is_new:
-                return Outcome(planned.plan.run, 0, 0, 0, 0.0, ())
+                return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
             check_size(prepared, planned, estimate(prepared, planned, groups), spec.index)
             if todo.items:
                 session.connect()
@@ -121,8 +128,10 @@ def run_scan(
             _register(store, ledger, want, planned, prepared)
             _name_changes(planned, notice)
             if not todo.items:
-                return Outcome(planned.plan.run, 0, 0, 0, 0.0, ())
-            return session.execute(prepared, planned, groups, metadata, todo, observe, ledger, lease, notice)
+                return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
+            return session.execute(
+                prepared, planned, groups, metadata, todo, observe, ledger, lease, notice, tally
+            )
 
 
 class _Session:
@@ -156,6 +165,7 @@ class _Session:
         ledger: Ledger,
         lease: Lease,
         notice: Notice,
+        tally: Tally,
     ) -> Outcome:
         """Run what is to be done."""
         by_id = {sae.id: sae for sae in prepared.saes}
@@ -227,6 +237,9 @@ class _Session:
             elif isinstance(event, Failed):
                 failed.append(event)
             observe(event)
+            if isinstance(event, Committed):
+                tally.add(event.commit)
+                tally.check()
 
         def close_accounts() -> None:
             for event in given_up:
@@ -242,7 +255,13 @@ class _Session:
             executor.close()
         close_accounts()
         return Outcome(
-            planned.plan.run, todo.items, done[0], done[1], time.monotonic() - began, tuple(failed)
+            planned.plan.run,
+            todo.items,
+            done[0],
+            done[1],
+            time.monotonic() - began,
+            tuple(failed),
+            tally.quarantined,
         )
 
     def connect(self) -> None:
@@ -279,12 +298,11 @@ class _Session:
 class _Todo:
     """(group, unit) pairs without a commit, group by group so that SAEs are loaded once; made as one asks."""
 
-    def __init__(self, planned: Planned, store: Store, identity: dict[str, Any] | None, groups: int) -> None:
+    def __init__(self, planned: Planned, held: Contents | None, groups: int) -> None:
         self._groups = groups
         self._units: Sequence[Unit] = planned.units
         self._done: Container[tuple[int, int]] = ()
-        if identity is not None:
-            held = resolve(store, Registered(identity, planned.plans, planned.units))
+        if held is not None:
             covered, self._done = set(held.covered.tolist()), held.commits
             self._units = [unit for unit in planned.units if unit.ordinal not in covered]
         self.items = sum(1 for _ in self)
@@ -294,6 +312,19 @@ class _Todo:
             for unit in self._units:
                 if (unit.ordinal, group) not in self._done:
                     yield group, unit
+
+
+def _tally(index: str, groups: int, held: Contents | None) -> Tally:
+    """What is read and quarantined of the live units that are committed."""
+    if held is None:
+        return Tally(index, groups, ())
+    live = set(held.live.tolist())
+    tally = Tally(index, groups, (c for c in held.commits.values() if c.ordinal in live))
+    inside = held.merged_facts.filter(pc.is_in(held.merged_facts["ordinal"], pa.array(held.live)))
+    quarantined = pc.sum(inside["quarantined"], min_count=0).as_py()
+    tally.quarantined += quarantined
+    tally.read += pc.sum(inside["documents"], min_count=0).as_py() + quarantined
+    return tally
 
 
 def _register(

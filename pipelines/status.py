@@ -17,6 +17,8 @@ from pipelines.lease import running
 from pipelines.schema import KINDS
 from pipelines.storage import Store
 
+_COUNTS = ("documents", "quarantined", "tokens")
+
 
 @dataclass(frozen=True)
 class Status:
@@ -51,7 +53,7 @@ def status(uri: str) -> Status:
     scan = running(store)
     flying = {unit for unit in scan[1].units if unit in open_units} if scan else set()
     facts = held.facts.filter(pc.is_in(held.facts["ordinal"], pa.array(held.shown)))
-    total = {name: pc.sum(facts[name], min_count=0).as_py() for name in ("documents", "tokens")}
+    total = {name: pc.sum(facts[name], min_count=0).as_py() for name in _COUNTS}
     last = pc.max(facts["finished"]).as_py()
     scans = sum(plan.kind == "scan" for plan in held.plans)
     failed = set(errors) - flying
@@ -68,7 +70,7 @@ def status(uri: str) -> Status:
         scan=scan[0].words if scan else None,
         documents=total["documents"],
         tokens=total["tokens"],
-        quarantined=0,
+        quarantined=total["quarantined"],
         bytes=sum({file.path: file.bytes for kind in KINDS for file in held.files(kind)}.values()),
         last_commit=None if last is None else time.time() - last,
         errors=tuple(dict.fromkeys(errors[unit] for unit in errors if unit in failed)),
