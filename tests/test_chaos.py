@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import tiny
-from test_resume import ROOT, UNITS, command, commits, environment, kill_after, marked
+from test_resume import ROOT, UNITS, command, commits, environment, kill_after, marked, processes
 
 from pipelines.lease import Lease
 from pipelines.storage import Store
@@ -203,3 +203,31 @@ def test_two_drivers_without_a_lease_both_finish(
     check(index, tiny_index)
     scanned = [int(text.split("run 1: ")[-1].split(" document")[0]) for text in said]
     assert sum(scanned) == len(tiny.views(index)["documents"])  # each was counted by one of them
+
+
+def test_a_worker_that_hangs_is_killed_at_its_deadline_and_its_unit_handed_out_again(
+    tmp_path: Path,
+    machines: tuple[Machines, dict[str, str]],
+    write_spec: Callable[..., Path],
+    tiny_index: Path,
+) -> None:
+    world, env = machines
+    spec, index = write_spec(tmp_path), tmp_path / "index"
+    code = (
+        "from pipelines.scheduler import Policy\n"
+        "init = Policy.__init__\n"
+        "Policy.__init__ = lambda self: init(self, deadline_least=8.0, loading=60.0, straggler_least=1e9)\n"
+        "from jobs.cli import main; main()"
+    )
+    arguments = ["scan", str(spec), "--address", world.cluster.address, "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for(process, index, 3)
+    (worker,) = [p for p in processes(env["CORPUSCOPE_TEST_MARK"]) if "ScanWorker" in p.name()]
+    worker.send_signal(signal.SIGSTOP)
+    ended(process)
+    assert not worker.is_running()
+    check(index, tiny_index)
+    assert kinds(index) == ["timeout"]
