@@ -52,7 +52,7 @@ add_retryable_error(boto.IncompleteReadError)  # of a body; s3fs tries these aga
 
 
 class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
-    """s3fs, patient. Errors that outlast `patience` are ConnectionError, TimeoutError or PermissionError."""
+    """s3fs, patient. Errors that outlast `patience` are ConnectionError or PermissionError."""
 
     patience: ClassVar[Patience] = Patience()
     retries = 10  # of a body that was cut off, as s3fs counts them; each asks with `patience` again
@@ -114,8 +114,11 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
                     brake.throttled(sent, patience)
                 elif _status(error) in _REFUSED:
                     brake.answered()
-                if number > 1 and method == "complete_multipart_upload" and _code(error) == "NoSuchUpload":
-                    return await self._completed(kwargs, error)
+                if _code(error) == "NoSuchUpload":
+                    if method == "abort_multipart_upload":
+                        return {}
+                    if method == "complete_multipart_upload" and number > 1:
+                        return await self._completed(kwargs, error)
                 raise
             brake.answered()
             return answer
@@ -141,7 +144,7 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
                 await self._ask_why(client, kwargs)
             raise
         if method == "delete_objects" and answer.get("Errors"):
-            raise boto.ClientError({"Error": answer["Errors"][0]}, method)
+            raise boto.ClientError({"Error": answer["Errors"][0]}, method)  # the first; all are asked again
         return answer
 
     async def _ask_why(self, client: Any, kwargs: dict[str, Any]) -> None:
@@ -177,9 +180,7 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
             text = (
                 f"{one_line(error)} (tried for {waited:g} s); see to the store or the network and run again"
             )
-            late = "Timeout" in type(error).__name__
-            kind, number = (TimeoutError, errno.ETIMEDOUT) if late else (ConnectionError, errno.EIO)
-            return kind(number, text, _where(kwargs))
+            return ConnectionError(errno.EIO, text, _where(kwargs))  # s3fs would go on with a TimeoutError
         told: Exception = translate_boto_error(error)
         return told
 
@@ -190,11 +191,12 @@ def _where(kwargs: dict[str, Any]) -> str:
 
 
 def _code(error: BaseException) -> str:
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    return str(error.response["Error"].get("Code", "")) if isinstance(error, boto.ClientError) else ""
 
 
 def _status(error: BaseException) -> int:
-    return int(getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    metadata = error.response.get("ResponseMetadata", {}) if isinstance(error, boto.ClientError) else {}
+    return int(metadata.get("HTTPStatusCode", 0))
 
 
 def _is_throttled(error: BaseException) -> bool:

@@ -346,7 +346,8 @@ class Store:
             except FileExistsError:
                 pass
             except OSError as error:
-                if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") not in _LOST:
+                answer = getattr(error.__cause__, "response", None) or {}  # botocore's
+                if answer.get("Error", {}).get("Code") not in _LOST:
                     raise
             return self.read(name) == data
 
