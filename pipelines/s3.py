@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import aiohttp
 import fsspec
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
@@ -48,14 +49,19 @@ _UNKNOWN_CAUSE = {"400", "403"}  # of answers without a body
 _ABORT_SECONDS = 5.0  # an upload that is given up is tidied away if that is quick
 _BULK = 1000  # objects that S3 removes by one request
 
-add_retryable_error(boto.IncompleteReadError)  # of a body; s3fs tries these again by itself
+
+class BodyError(ConnectionError):
+    """An answer broke off in its body."""
+
+
+add_retryable_error(BodyError)  # s3fs asks for the body again
 
 
 class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
     """s3fs, patient. Errors that outlast `patience` are ConnectionError or PermissionError."""
 
     patience: ClassVar[Patience] = Patience()
-    retries = 10  # of a body that was cut off, as s3fs counts them; each asks with `patience` again
+    retries = 10  # of a body that broke off, as s3fs counts them: half a minute of waits, and `patience` each
     _brakes: ClassVar[dict[str, Brake]] = defaultdict(Brake)  # by the server's address
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -143,6 +149,8 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
             if method == "head_object" and _code(error) in _UNKNOWN_CAUSE:
                 await self._ask_why(client, kwargs)
             raise
+        if method == "get_object":
+            answer["Body"] = _Body(answer["Body"], _where(kwargs))
         if method == "delete_objects" and answer.get("Errors"):
             raise boto.ClientError({"Error": answer["Errors"][0]}, method)  # the first; all are asked again
         return answer
@@ -183,6 +191,24 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
             return ConnectionError(errno.EIO, text, _where(kwargs))  # s3fs would go on with a TimeoutError
         told: Exception = translate_boto_error(error)
         return told
+
+
+class _Body:
+    """The body of an answer; what goes wrong while it is read is an OSError that names the object."""
+
+    def __init__(self, body: Any, where: str) -> None:
+        self._body, self._where = body, where
+
+    async def read(self, *amount: int) -> bytes:
+        try:
+            data: bytes = await self._body.read(*amount)
+            return data
+        except (aiohttp.ClientError, *_PASSING_ERRORS) as error:
+            text = f"{one_line(error)}; see to the store or the network and run again"
+            raise BodyError(errno.EIO, text, self._where) from error
+
+    def close(self) -> None:
+        self._body.close()
 
 
 def _where(kwargs: dict[str, Any]) -> str:

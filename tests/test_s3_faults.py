@@ -100,9 +100,7 @@ def test_every_operation_outlasts_faults(s3: FaultyS3, fault: Fault, monkeypatch
     store.remove(["a/one", "a/three"])
     assert store.entries("a") == ["large", "two"]
     assert s3.faults >= 10
-    if (
-        not fault.applied
-    ):  # an upload whose beginning was unheard holds no bytes, and is left to a lifecycle rule
+    if not fault.applied:  # one whose beginning was unheard holds no bytes; a lifecycle rule ends it
         assert uploads(store) == []
 
 
@@ -239,8 +237,8 @@ def test_the_brake_lengthens_and_ignores_old_answers(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "fault",
-    [Fault(500, "InternalError"), RESET, Fault(silence=0.8), Fault(applied=True, cut=True)],
-    ids=["500", "reset", "silence", "cut"],
+    [Fault(500, "InternalError"), RESET, Fault(silence=0.8)],
+    ids=["500", "reset", "silence"],
 )
 def test_a_store_that_stays_away_is_an_error_that_names_the_object(
     store: Store, s3: FaultyS3, monkeypatch: pytest.MonkeyPatch, fault: Fault
@@ -256,6 +254,19 @@ def test_a_store_that_stays_away_is_an_error_that_names_the_object(
         assert "1.5 s" in failed.value.strerror
         assert "run again" in failed.value.strerror
         assert "\n" not in str(failed.value)
+
+
+def test_a_body_that_never_ends_well_is_an_error(
+    store: Store, s3: FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PatientS3, "retries", 3)
+    s3.plan = lambda request: Fault(applied=True, cut=True) if request.kind == "GET" else None
+    for read in (store.read, lambda name: store.fs.open(store.path(name)).read()):
+        s3.seen.clear()
+        with pytest.raises(ConnectionError) as failed:
+            read("proof")
+        assert s3.count("GET") == 3
+        assert failed.value.filename == f"{store.uri}/proof"
 
 
 def test_refusals_are_told_at_once(store: Store, s3: FaultyS3) -> None:
@@ -321,7 +332,10 @@ def test_renewed_credentials_are_picked_up_mid_run(store: Store, s3: FaultyS3, k
     assert store.fs._renewed == renewed + 1, "each thread made a session of its own"
 
 
-def test_credentials_that_nobody_renews_are_one_line(store: Store, s3: FaultyS3) -> None:
+def test_credentials_that_nobody_renews_are_one_line(
+    store: Store, s3: FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PatientS3, "patience", replace(SHORT, renewals=3))
     s3.valid = set()
     for ask in (lambda: store.read("proof"), lambda: store.size("proof"), lambda: store.entries("")):
         with pytest.raises(PermissionError, match="ExpiredToken: renew the credentials") as failed:
