@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-BUCKET = "bucket"
+BUCKET = "faulty"  # a moto server's buckets are those of the whole process
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,8 @@ def serving(credentials: Path) -> Iterator[FaultyS3]:
                      "HTTP_PROXY", "http_proxy"):  # fmt: skip
             patch.delenv(name, raising=False)
         PatientS3.clear_instance_cache()
-        s3fs.S3FileSystem(skip_instance_cache=True).mkdir(BUCKET)
+        with contextlib.suppress(FileExistsError):
+            s3fs.S3FileSystem(skip_instance_cache=True).mkdir(BUCKET)
         yield proxy
     PatientS3.clear_instance_cache()
     proxy.stop()
