@@ -53,7 +53,7 @@ class Brake:
 
     def throttled(self, sent: float, patience: Patience) -> None:
         """Pull the brake, twice as long as the last time; not for what was `sent` before it was pulled."""
-        if sent < self._set:
+        if sent <= self._set:
             return
         self._pause = min(patience.longest, max(patience.first, 2 * self._pause))
         self._set = time.monotonic()

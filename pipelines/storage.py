@@ -27,6 +27,7 @@ from typing import IO, Any, TypeVar, cast
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from sae_runtime.errors import InputError, one_line
 
@@ -212,7 +213,7 @@ class Store:
         return found
 
     def folders(self, folder: str) -> list[str]:
-        """Names of the folders directly inside `folder`, sorted; empty if there is none."""
+        """Names of the folders directly inside `folder`, sorted; local disk knows empty ones too."""
         base = self._folder(folder)
         self.fs.invalidate_cache()
         try:
@@ -279,12 +280,14 @@ class Store:
                 stream.close()
 
         def drop(stream: Any) -> None:
+            if not isinstance(stream, AbstractBufferedFile):  # in memory: it is there from its opening
+                stream.close()
+                self.fs.rm_file(path)
+                return
             try:
                 stream.discard()  # an upload in parts is called off
             finally:
                 stream.closed = True  # else it is uploaded when it is collected
-            if _protocol(self.fs) == "memory":
-                self.fs.rm_file(path)
 
         with self._naming(name):
             return DataFile(self.fs.open(path, "wb"), finish, drop)
@@ -346,7 +349,8 @@ class Store:
             except FileExistsError:
                 pass
             except OSError as error:
-                if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") not in _LOST:
+                answer = getattr(error.__cause__, "response", None) or {}  # botocore's
+                if answer.get("Error", {}).get("Code") not in _LOST:
                     raise
             return self.read(name) == data
 
