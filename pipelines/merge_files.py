@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from types import TracebackType
 from typing import IO, Any
 
@@ -51,13 +50,6 @@ class MergeRule:
         if kind != "documents":
             return SCHEMAS[kind]
         return documents_schema({name: metadata_type(of) for name, of in self.metadata.items()})
-
-
-def check_order(parts: Sequence[Part]) -> None:
-    """ValueError unless the parts' spans ascend and are disjoint."""
-    for before, after in pairwise(parts):
-        if before.ordinals[1] > after.ordinals[0]:
-            raise ValueError(f"parts {before.ordinals} and {after.ordinals} are not in order")
 
 
 def left_out(part: Part, omit: frozenset[int]) -> np.ndarray | None:
