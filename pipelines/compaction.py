@@ -169,9 +169,9 @@ def settle(
     told: Callable[[Job], None] = lambda job: None,
 ) -> Done:
     """Merge what is due in a closed range of a level, if anything is."""
-    done = Done()
-    for due in (_due_run, _due_node):
-        job = due(found := resolve(store, registered, span), level)
+    done, found = Done(), resolve(store, registered, span)
+    for due in (_due_run, _due_node):  # merging rows changes nothing about summaries
+        job = due(found, level)
         if job is not None:
             told(job)
             done += _done(job, execute(found, job, run))

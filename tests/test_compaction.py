@@ -329,3 +329,38 @@ def test_tiers_tell_which_ranges_close() -> None:
     }
     assert len(told) == len(set(told))
     assert set(told) == spans
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_scan_compacts_as_it_goes(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any],
+    wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch, groups: int,
+) -> None:  # fmt: skip
+    if groups == 2:
+        halves = lambda prepared, workers: [[s.id for s in prepared.saes][i::2] for i in (0, 1)]  # noqa: E731
+        monkeypatch.setattr("pipelines.scan.plan_groups", halves)
+    told: list[str] = []
+    outcome = scan_inline(write_spec(tmp_path), notice=told.append)
+    assert outcome.items == UNITS * groups
+    assert not [line for line in told if "compaction" in line]
+    found = contents.contents(Store(str(tmp_path / "index")))
+    assert sorted(run.level for run in found.runs) == [1, 1, 2]  # 16 units, then twice 4
+    assert not len(found.own)
+    nodes, alone = found.summed
+    assert (sorted(node.level for node in nodes), len(alone)) == ([1, 1, 2], 0)
+    same(tmp_path / "index", wanted)
+
+
+def test_a_compaction_that_fails_is_told_and_harms_nothing(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any],
+    wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("pipelines.compaction.merge_rows", fail)
+    told: list[str] = []
+    outcome = scan_inline(write_spec(tmp_path), notice=told.append)
+    assert (outcome.items, outcome.failed) == (UNITS, ())
+    assert [line for line in told if "compaction stopped" in line and "no space left" in line]
+    same(tmp_path / "index", wanted)
