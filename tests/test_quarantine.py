@@ -337,6 +337,28 @@ def test_what_is_too_large_is_refused_in_bounded_memory(tmp_path: Path) -> None:
     assert int(grown) < 200, "MiB: a 32 MiB line, as read and as joined, and the decoders' windows"
 
 
+@pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2", ".xz"])
+def test_decoders_never_give_more_than_they_are_asked_for(ending: str) -> None:
+    """Of zeros 4 KiB hold up to 100 MB; what is asked for comes in full all the same."""
+    data = COMPRESS[ending](bytes(1 << 27)) + COMPRESS[ending](b"end")
+    most, size, left = 1 << 18, 0, b""
+    decoder = pipelines.readers.DECODERS[ending]()
+    for start in range(0, len(data), 4096):
+        left = data[start : start + 4096]
+        while True:
+            piece = decoder.decompress(left, most)
+            left = b""
+            size += len(piece)
+            assert len(piece) <= most
+            if decoder.eof:
+                left, decoder = decoder.unused_data, pipelines.readers.DECODERS[ending]()
+                if not left:
+                    break
+            elif decoder.needs_input:
+                break
+    assert size == (1 << 27) + 3
+
+
 def test_a_scan_over_a_line_that_is_too_long(
     tmp_path: Path, spec_of: Any, scan_inline: Scan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
