@@ -54,8 +54,14 @@ def _merge(
     key = "context" if "context" in schema.names else "document"
     with Output(store, kind, rule, stem) as output:
         runs = [
-            Run(key, part.ordinals[0] << LOCAL_BITS, partial(_rows_of, store, part, kind, schema, key, omit))
+            Run(
+                files[0],
+                key,
+                part.ordinals[0] << LOCAL_BITS,
+                partial(_rows_of, store, part, kind, schema, key, omit),
+            )
             for part in present(parts, omit)
+            if (files := part.files.get(kind))
         ]
         held: list[pa.RecordBatch] = []
         rows = size = 0
