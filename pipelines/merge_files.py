@@ -68,6 +68,7 @@ class Inputs:
 
     def __init__(self, store: Store, columns: Sequence[str]) -> None:
         self._store, self.columns = store, list(columns)
+        self._dictionaries = ["sae"] if "sae" in columns else None
         self._open: dict[str, tuple[IO[bytes], pq.ParquetFile]] = {}
 
     def __enter__(self) -> Inputs:
@@ -90,7 +91,7 @@ class Inputs:
             stream: IO[bytes] = self._store.open(name)
             try:
                 with self._reading(name):
-                    file = pq.ParquetFile(stream, read_dictionary=[c for c in self.columns if c == "sae"])
+                    file = pq.ParquetFile(stream, read_dictionary=self._dictionaries)
                 missing = sorted(set(self.columns) - set(file.schema_arrow.names))
                 if missing:
                     raise DataError(f"{self._store.uri}/{name}: damaged: no column {', '.join(missing)}")

@@ -52,20 +52,30 @@ def _merge(
 ) -> list[DataFileRecord]:
     schema = rule.schema(kind)
     key = "context" if "context" in schema.names else "document"
-    held: list[pa.RecordBatch] = []
-    rows = size = 0
     with Output(store, kind, rule, stem) as output:
         runs = [
-            Run(key, part.ordinals[0] << LOCAL_BITS, partial(_rows_of, store, part, kind, schema, key, omit))
+            Run(
+                files[0],
+                key,
+                part.ordinals[0] << LOCAL_BITS,
+                partial(_rows_of, store, part, kind, schema, key, omit),
+            )
             for part in present(parts, omit)
+            if (files := part.files.get(kind))
         ]
+        held: list[pa.RecordBatch] = []
+        rows = size = 0
         for batches, _ in windows(runs, _BUDGET):
             for batch in _in_order(batches, key):
                 held.append(batch)
                 rows, size = rows + batch.num_rows, size + batch.nbytes
             if rows >= _ROWS or size >= _BYTES:
-                output.write(pa.Table.from_batches(held, schema).combine_chunks(), True)
-                held, rows, size = [], 0, 0
+                table = pa.Table.from_batches(held, schema).combine_chunks()
+                step = min(_ROWS, max(1, rows * _BYTES // max(size, 1)))
+                for at in range(0, rows - step + 1, step):
+                    output.write(table.slice(at, step), True)
+                held = table.slice(rows - rows % step).to_batches()
+                rows, size = rows % step, sum(batch.nbytes for batch in held)
         if rows:
             output.write(pa.Table.from_batches(held, schema).combine_chunks(), True)
     return output.records

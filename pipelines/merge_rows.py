@@ -146,9 +146,9 @@ def _by_document(
                 groups = row_groups(inputs, part, "by_document", "sae", "document")
                 wanted = [group for group in groups if _meets(group, saes)]
                 runs.extend(Run.of(inputs, run, "document", prepare) for run in in_runs(wanted, "document"))
-            else:
+            elif own := part.files.get("document_features"):
                 lowest = part.ordinals[0] << LOCAL_BITS
-                runs.append(Run("document", lowest, partial(_unit, store, part, saes, prepare)))
+                runs.append(Run(own[0], "document", lowest, partial(_unit, store, part, saes, prepare)))
         cutter = Cutter(output, _DOCUMENT_ROWS)
         for batches, _ in windows(runs, _BUDGET):
             if batches:

@@ -89,9 +89,15 @@ def in_runs(groups: Sequence[RowGroup], key: str) -> list[list[RowGroup]]:
 class Run:
     """A run being read: some of its next rows are held, of one that waits none."""
 
-    def __init__(self, key: str, lowest: int, read: Callable[[int], Iterator[pa.RecordBatch]]) -> None:
-        """`read` gives the rows, in batches of at most so many if it can; no key is below `lowest`."""
-        self.key, self.lowest, self.ended = key, lowest, False  # ended: what is held is all that is left
+    def __init__(
+        self, where: str, key: str, lowest: int, read: Callable[[int], Iterator[pa.RecordBatch]]
+    ) -> None:
+        """`read` gives the rows, in batches of at most so many if it can; no key is below `lowest`.
+
+        `where` is the name of the first file, for errors.
+        """
+        self.where, self.key, self.lowest = where, key, lowest
+        self.ended = False  # what is held is all that is left
         self.rows = 0  # held
         self._read = read
         self._batches: Iterator[pa.RecordBatch] | None = None
@@ -105,7 +111,7 @@ class Run:
             for group in groups:
                 yield from map(prepare, inputs.batches(group.file, group.number, rows))
 
-        return cls(key, groups[0].spans[key][0], read)
+        return cls(groups[0].file, key, groups[0].spans[key][0], read)
 
     def fill(self, rows: int) -> None:
         """Hold at least so many rows, or all that are left. DataError where keys descend."""
@@ -118,7 +124,7 @@ class Run:
             elif batch.num_rows:
                 key = batch.column(self.key).to_numpy()
                 if (key[1:] < key[:-1]).any() or (self._held and key[0] < self.last):
-                    raise DataError(f"a file is damaged: rows are not in order of {self.key} near {key[0]}")
+                    raise DataError(f"{self.where}: damaged: rows are not in order of {self.key}")
                 self._held.append(Block(key, batch))
                 self.rows += len(key)
 

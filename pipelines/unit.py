@@ -478,7 +478,7 @@ class _UnitScan:
             path, ordinal = self.work.unit.path, self.work.unit.ordinal
             refused = [
                 (key(ordinal, local), path, each.row, each.id, each.error)
-                for local, each in self.quarantine.items()
+                for local, each in sorted(self.quarantine.items())
             ]
             self._write_rows("quarantine", refused)
         if not self.placed:  # there was no last chunk

@@ -299,14 +299,17 @@ def test_what_lost_attempts_left_is_removed_at_once(
     same(index, wanted)
 
 
-def test_units_between_merged_ones_stay_alone(index: Path, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
+def test_units_between_merged_ones_are_merged_too(
+    index: Path, wanted: dict[str, list[tuple[Any, ...]]]
+) -> None:
     store = Store(str(index))
     found = contents.contents(store)
     assert compaction.execute(found, compaction.RunJob(1, (), np.array([4, 6, 7]))) is not None
     compaction.compact(store)
     same(index, wanted)
     found = contents.contents(store)
-    assert found.own.tolist() == [5]
+    assert found.own.tolist() == []
+    assert len(found.runs) == 1
 
 
 def test_tiers_tell_which_ranges_close() -> None:
