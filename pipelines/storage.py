@@ -339,8 +339,9 @@ class Store:
             )
         parameters = inspect.signature(getattr(self.fs, "_pipe_file", self.fs.pipe_file)).parameters
         if not {"mode", "overwrite"} & set(parameters):  # adlfs takes `mode` among its `kwargs`
+            library = _CONDITIONAL[protocol]
             raise InputError(
-                f"index {self.uri}: {_CONDITIONAL[protocol]} is too old to create objects atomically; upgrade it"
+                f"index {self.uri}: {library} is too old to create objects atomically; upgrade it"
             )
         with self._naming(name):
             try:

@@ -204,7 +204,7 @@ def test_a_large_object_is_created_once(store: Store, s3: FaultyS3, monkeypatch:
 
 
 def test_a_throttle_holds_every_thread_back(store: Store, s3: FaultyS3) -> None:
-    """Threads that each backed off on their own would send some 400 requests in this time."""
+    """Threads that each backed off on their own would send some 800 requests in this time."""
     threads, until = 40, time.monotonic() + 1.5
     s3.plan = lambda request: SLOW_DOWN if time.monotonic() < until else None
     store.fs.connect()
