@@ -31,7 +31,8 @@ from fsspec.spec import AbstractBufferedFile
 
 from sae_runtime.errors import InputError, one_line
 
-_CONDITIONAL = {"s3", "s3a", "gs", "gcs", "abfs", "az"}  # their `mode="create"` is a conditional write
+# Whose `mode="create"` is a conditional write, and by which library.
+_CONDITIONAL = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 _LOST = {"PreconditionFailed", "412"}  # from servers that leave out which condition, as s3fs wants it
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _ERRNO = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
@@ -338,9 +339,9 @@ class Store:
             )
         parameters = inspect.signature(getattr(self.fs, "_pipe_file", self.fs.pipe_file)).parameters
         if not {"mode", "overwrite"} & set(parameters):  # adlfs takes `mode` among its `kwargs`
+            library = _CONDITIONAL[protocol]
             raise InputError(
-                f"index {self.uri}: {type(self.fs).__module__.split('.')[0]} is too old to create objects "
-                "atomically; upgrade it"
+                f"index {self.uri}: {library} is too old to create objects atomically; upgrade it"
             )
         with self._naming(name):
             try:
