@@ -123,7 +123,7 @@ class Inputs:
 
 class Output:
     """Merged files of one kind. A file ends near the target size: where a feature (or document) does, or at
-    twice that size anywhere. Leaving the `with` block by an exception closes what is open without a record.
+    twice that size anywhere. Leaving the `with` block by an exception closes what is open, without a record.
     """
 
     def __init__(self, store: Store, kind: str, rule: MergeRule, stem: str) -> None:
@@ -144,6 +144,7 @@ class Output:
             self._finish()
         elif self._open is not None:
             stream, writer = self._open
+            stream.discard()
             writer.close()
             stream.close()
 

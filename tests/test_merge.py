@@ -746,7 +746,7 @@ def test_a_merge_that_fails_closes_what_it_had_open(
     bad = tmp_path / parts[1].files["activations"][0]
     data = bad.read_bytes()
     bad.write_bytes(data[:60] + bytes(len(data) // 4) + data[60 + len(data) // 4 :])
-    create, open_ = store.create, store.fs.open
+    create, open_ = store.create, store.open
 
     def keeping(make: Callable[..., Any]) -> Callable[..., Any]:
         def made(*args: Any) -> Any:
@@ -756,7 +756,7 @@ def test_a_merge_that_fails_closes_what_it_had_open(
         return made
 
     monkeypatch.setattr(store, "create", keeping(create))
-    monkeypatch.setattr(store.fs, "open", keeping(open_))
+    monkeypatch.setattr(store, "open", keeping(open_))
     with pytest.raises(DataError, match=bad.name):
         merge_rows.merge_rows(store, parts, ["a", "b"], made_up(2), "m")
     assert len(opened) == 3
