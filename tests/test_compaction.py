@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -85,6 +86,35 @@ def test_a_features_rows_and_a_documents_rows_lie_together(index: Path) -> None:
     [path] = files(index, "by_document")
     documents = [row["document"] for row in pq.read_table(index / path, columns=["document"]).to_pylist()]
     assert documents == sorted(documents)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_the_features_of_a_document(index: Path, compacted: bool) -> None:
+    store = Store(str(index))
+    found = contents.contents(store)
+    if compacted:
+        compaction.execute(found, compaction.RunJob(1, (), found.own[:9]))
+    con = queries.connect(str(index))
+    documents = [d for (d,) in con.sql("SELECT document FROM documents ORDER BY document").fetchall()]
+    for document in documents[::5]:
+        whole = "SELECT sae, feature, n_tokens, max, sum FROM document_features WHERE document = ?"
+        rows = con.execute("FROM features_of(?)", [document]).fetchall()
+        assert sorted(rows) == sorted(con.execute(whole, [document]).fetchall())
+        assert [abs(row[3]) for row in rows] == sorted((abs(row[3]) for row in rows), reverse=True)
+
+
+def test_the_features_of_a_document_are_not_answered_in_part(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any], tiny_suites: Path
+) -> None:
+    saes = [
+        {"uri": str(tiny_suites / suite), "keep": "none" if i else "tokens"}
+        for i, suite in enumerate(tiny.SUITES)
+    ]
+    spec = write_spec(tmp_path, saes=saes, corpus={"limit": 3})
+    scan_inline(spec)
+    con = queries.connect(str(tmp_path / "index"))
+    with pytest.raises(duckdb.Error, match="keep: none"):
+        con.sql("FROM features_of((SELECT min(document) FROM documents))").fetchall()
 
 
 @pytest.mark.parametrize(
