@@ -24,6 +24,7 @@ from pipelines.spec import (
     Sample,
     ScanSpec,
 )
+from sae_runtime import yamls
 from sae_runtime.errors import InputError, one_line
 
 _MODELS: dict[str, type[BaseModel]] = {
@@ -36,7 +37,7 @@ _MODELS: dict[str, type[BaseModel]] = {
 }
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yamls.Loader):
     """YAML in which a key that is given twice is an error, not the last one's."""
 
 
@@ -60,7 +61,11 @@ def load_spec(path: str, index: str | None = None) -> tuple[ScanSpec, str]:
     """The spec at `path` and its text; `index` replaces the spec's own. Raises InputError."""
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        with open(file, "rb") as stream:
+            raw = stream.read(yamls.LIMIT + 1)
+        if len(raw) > yamls.LIMIT:
+            raise InputError(f"{path}: a spec has at most {yamls.LIMIT:,} bytes; shorten lists by globs")
+        text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"{path}: cannot read the spec: {problem}") from error
