@@ -33,7 +33,7 @@ _STORAGES = {
 _LIMIT = 2**22  # bytes of a pickle that holds no tensors
 _ITEMS = 1_000_000  # of all containers, each counted as often as it occurs
 _OLD_MAGIC = 0x1950A86A20F9469CFC6C  # of files from before PyTorch 1.6
-_InPython: Any = pickle._Unpickler  # type: ignore[attr-defined]  # has no stubs
+_InPython: Any = pickle._Unpickler  # which typing does not know
 _UNUSED = (
     pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.EXT1, pickle.EXT2,
     pickle.EXT4,
@@ -219,7 +219,7 @@ class _Bounded:
         return data
 
 
-class _Unpickler(_InPython):  # type: ignore[misc]  # typing knows the one in C only
+class _Unpickler(_InPython):
     """`storage` names the storage of (key, elements, dtype) for `Stored`."""
 
     def __init__(self, stream: IO[bytes], storage: Callable[[str, int, str], str]) -> None:
