@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipelines.names import inside
 from pipelines.schema import COMMITS, FAILURES, FORMAT, INDEX, PLANS
 from pipelines.storage import Store, names
 from sae_runtime.errors import DataError, InputError
@@ -207,4 +208,6 @@ def _plan(data: dict[str, Any]) -> Plan:
 
 def _commit(data: dict[str, Any]) -> Commit:
     files = {kind: DataFileRecord(**record) for kind, record in data.pop("files").items()}
+    for kind, file in files.items():
+        inside(file.path, kind)
     return Commit(files=files, **data)

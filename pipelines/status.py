@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines.heartbeat import running
 from pipelines.ledger import Ledger, live_units
+from pipelines.names import reading
 from pipelines.storage import Store
 from sae_runtime.errors import InputError
 
@@ -37,7 +38,12 @@ class Status:
 
 
 def status(uri: str) -> Status:
-    """The status of the index at `uri`. Raises InputError if there is none."""
+    """The status of the index at `uri`. Raises InputError if there is none, DataError if it is damaged."""
+    with reading(uri):
+        return _status(uri)
+
+
+def _status(uri: str) -> Status:
     store = Store(uri)
     ledger = Ledger(store)
     identity = ledger.identity()

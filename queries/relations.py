@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,12 +25,16 @@ _SQL_TYPES = {
 
 
 def text(value: str) -> str:
-    """A string literal."""
+    """A string literal. Raises ValueError for a character that no SQL text can hold."""
+    if "\0" in value:
+        raise ValueError(f"SQL text cannot hold the character NUL of {value[:60]!r}")
     return "'" + value.replace("'", "''") + "'"
 
 
 def name(value: str) -> str:
-    """A quoted identifier."""
+    """A quoted identifier. Raises ValueError for a character that no SQL text can hold."""
+    if "\0" in value:
+        raise ValueError(f"SQL text cannot hold the character NUL of {value[:60]!r}")
     return '"' + value.replace('"', '""') + '"'
 
 
@@ -39,12 +44,18 @@ def texts(values: Iterable[str]) -> str:
 
 
 def literal(value: Any) -> str:
-    """A literal of None, str, int, float or a list of str."""
+    """A literal of None, str, bool, int, float or a list of str. Raises TypeError for anything else."""
     if value is None:
         return "NULL"
     if isinstance(value, list):
         return texts(value)
-    return text(value) if isinstance(value, str) else repr(value)
+    if isinstance(value, float):  # as text where SQL has no word for it: nan, inf
+        return repr(value) if math.isfinite(value) else f"{text(repr(value))}::DOUBLE"
+    if isinstance(value, int):
+        return repr(value)
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no value of a column")
+    return text(value)
 
 
 def table(rows: Sequence[Sequence[Any]], columns: dict[str, str]) -> str:

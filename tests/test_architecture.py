@@ -16,9 +16,12 @@ ROOMS = ("sae_runtime", "pipelines", "queries", "jobs")
 MAY_IMPORT = {
     "sae_runtime": {"sae_runtime"},
     "pipelines": {"pipelines", "sae_runtime"},
-    "queries": {"queries", "pipelines.schema", "pipelines.storage", "pipelines.ledger", "sae_runtime.errors"},
+    "queries": {
+        "queries", "pipelines.schema", "pipelines.storage", "pipelines.ledger", "pipelines.names",
+        "sae_runtime.errors", "sae_runtime.terminal",
+    },
     "jobs": set(ROOMS),
-}
+}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:
