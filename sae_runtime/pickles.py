@@ -135,7 +135,8 @@ def saved(stream: IO[bytes]) -> Saved:
 def _zipped(stream: IO[bytes]) -> Saved:
     archive = archives.opened(stream)
     names = archive.namelist()
-    (name,) = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)] or [""]
+    found = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
+    name = found[0] if len(found) == 1 else ""
     root = name.partition("/")[0]
     if not name or f"{root}/constants.pkl" in names:
         raise pickle.UnpicklingError("it is a program (TorchScript) or no file of torch.save")

@@ -11,6 +11,7 @@ import fnmatch
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -193,7 +194,7 @@ def _candidates(tree: Tree) -> dict[str, tuple[ModuleType, Candidate]]:
     known: dict[str, tuple[ModuleType, Candidate]] = {}
     taken: set[str] = set()
     for module in FORMATS:
-        listed = _guarded(tree.uri, lambda module=module: module.candidates(tree))
+        listed = _guarded(tree.uri, partial(module.candidates, tree))
         own = [c for c in listed if c.files[0] not in taken]
         for candidate in own:
             if candidate.path in known:
