@@ -8,6 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from sae_runtime.terminal import in_bytes, plain
+
 _SQL_TYPES = {
     "bool": "BOOLEAN",
     "int8": "TINYINT",
@@ -28,7 +30,11 @@ def text(value: str) -> str:
     """A string literal. Raises ValueError for a character that no SQL text can hold."""
     if "\0" in value:
         raise ValueError(f"SQL text cannot hold the character NUL of {value[:60]!r}")
-    return "'" + value.replace("'", "''") + "'"
+    quoted = value.replace("'", "''")
+    if plain(value) == value:
+        return f"'{quoted}'"
+    # Printed as a script it must neither steer a terminal nor lose what a terminal would act on.
+    return "E'" + in_bytes(quoted.replace("\\", "\\\\")) + "'"
 
 
 def name(value: str) -> str:

@@ -173,11 +173,14 @@ def _old(stream: IO[bytes]) -> Saved:
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise pickle.UnpicklingError("it was written by a machine of the other byte order")
     end = stream.tell()
+    whole = stream.seek(0, io.SEEK_END)
     for key in map(str, keys):
         stream.seek(end)
         (elements,) = struct.unpack("<q", stream.read(8))
         starts[key], sizes[key] = end + 8, max(0, elements) * itemsizes[key]
         end += 8 + sizes[key]
+        if end > whole:
+            raise EOFError("the file ends before its tensors do")
     return Saved(value, stream, sizes, starts.__getitem__)
 
 

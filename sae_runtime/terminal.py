@@ -22,6 +22,11 @@ def escaped(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0] if found[0] in "\n\t\r" else f"\\u{ord(found[0]):04x}", text)
 
 
+def in_bytes(text: str) -> str:
+    """Text with what steers a terminal as its UTF-8 in hexadecimal, `\\x1b`, as SQL's E'' strings have it."""
+    return _CONTROL.sub(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0].encode()), text)
+
+
 def sign(character: str) -> str:
     """What stands for a character that is not printed, such as ↵ or \\u{1b}."""
     return _SIGNS.get(character, f"\\u{{{ord(character):x}}}")
