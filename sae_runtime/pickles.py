@@ -5,8 +5,9 @@ a storage that is a member of its own; before, one pickle after the other and th
 Invariant: of the names in a pickle only those of `_allowed` mean something, and each means a stand-in that
 builds containers, numbers and `Stored`; any other name refuses the file. No class and no function of a
 library is ever within the pickle's reach, and what it builds is bounded by its size: Python's own unpickler
-in Python is used, because the one in C takes 32 GB for a memo of one high index, and hashes whatever it is
-given (a tuple of itself, 60 deep, takes for ever). It takes 0.3 s for a MB, and pickles of SAEs are a few kB.
+in Python is used, because the one in C makes room for twice the highest index of a memo, 32 GB, and hashes
+whatever it is given (a tuple of itself, 60 deep, takes for ever). A MB takes 3 s at worst; pickles of SAEs
+are a few kB.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _STORAGES = {
     "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "Untyped": "uint8",
     "ComplexDouble": "complex128", "ComplexFloat": "complex64",
 }  # fmt: skip
-_LIMIT = 2**22  # bytes of a pickle that holds no tensors
+_LIMIT = 2**20  # bytes of a pickle that holds no tensors
 _ITEMS = 1_000_000  # of all containers, each counted as often as it occurs
 _OLD_MAGIC = 0x1950A86A20F9469CFC6C  # of files from before PyTorch 1.6
 _InPython: Any = pickle._Unpickler  # which typing does not know
@@ -175,6 +176,8 @@ def _old(stream: IO[bytes]) -> Saved:
     end = stream.tell()
     whole = stream.seek(0, io.SEEK_END)
     for key in map(str, keys):
+        if key not in itemsizes:
+            raise pickle.UnpicklingError(f"it has a storage {key[:60]!r} that no tensor names")
         stream.seek(end)
         (elements,) = struct.unpack("<q", stream.read(8))
         starts[key], sizes[key] = end + 8, max(0, elements) * itemsizes[key]

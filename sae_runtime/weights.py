@@ -181,6 +181,8 @@ def _npy(archive: zipfile.ZipFile, stream: IO[bytes], info: zipfile.ZipInfo) -> 
         start = zlib.decompressobj(-15).decompress(start)
     member = io.BytesIO(start)
     version = np.lib.format.read_magic(member)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"{info.filename} is of version {version} of its format")
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     with _ONE_HEADER:
         shape, _, dtype = header(member)
