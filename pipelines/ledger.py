@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.names import inside
 from pipelines.registry import Plan, dump, objects, read_plans, write_plan
 from pipelines.schema import COMMITS, FORMAT, INDEX
 from pipelines.storage import Store, names
@@ -130,6 +131,8 @@ class Ledger:
 
 def _commit(data: dict[str, Any]) -> Commit:
     files = {kind: DataFileRecord(**record) for kind, record in data.pop("files").items()}
+    for kind, file in files.items():
+        inside(file.path, kind)
     return Commit(files=files, poison=tuple(data.pop("poison")), **data)
 
 

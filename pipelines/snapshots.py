@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.ledger import DataFileRecord
+from pipelines.names import inside
 from pipelines.ordinals import Ranges
 from pipelines.registry import dump, objects
 from pipelines.schema import MANIFESTS, SNAPSHOTS
@@ -141,6 +142,9 @@ def _manifests(store: Store, manifests: Sequence[str]) -> list[tuple[str, dict[s
                 kind: tuple(DataFileRecord(**record) for record in records)
                 for kind, records in data["files"].items()
             }
+            for kind, merged in files.items():
+                for record in merged:
+                    inside(record.path, kind)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{store.uri}/{name}: damaged, not a manifest") from error
         found[name] = data, files

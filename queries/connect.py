@@ -18,6 +18,7 @@ import duckdb
 import pyarrow.compute as pc
 
 from pipelines.contents import Contents, contents, places
+from pipelines.names import reading
 from pipelines.schema import (
     KEYED,
     KINDS,
@@ -33,7 +34,7 @@ from pipelines.schema import (
     sample_seed,
 )
 from pipelines.storage import Store
-from queries.relations import name, parquet, table, texts, without
+from queries.relations import literal, name, parquet, table, texts, without
 from queries.remote import RemoteFiles
 from sae_runtime.errors import DataError, one_line
 
@@ -91,7 +92,8 @@ def connect(uri: str) -> duckdb.DuckDBPyConnection:
 
 def script(store: Store) -> list[str]:
     """The statements that make the macros and views, file lists filled in: they run in any DuckDB."""
-    values = _values(contents(store))
+    with reading(store.uri):
+        values = _values(contents(store))
     files = [(_HERE / file).read_text() for file in ("helpers.sql", "views.sql", "macros.sql")]
     return [_fill(statement, values) for file in files for statement in _statements(file)]
 
@@ -133,13 +135,13 @@ def _values(found: Contents) -> dict[str, str]:
         "runs": table(_run_rows(found), _RUN_COLUMNS),
         "vocabulary": parquet([store.url(VOCABULARY)] if found.plans else [], VOCABULARY_SCHEMA),
         "metadata": "".join(f", {name(column)}" for column in metadata_columns(metadata).values()),
-        "length": str(fixed["context.length"]),
+        "length": literal(int(fixed["context.length"])),
         "window": str(WINDOW),
         "seeds": table([(sae["id"], sample_seed(sae["id"])) for sae in saes], _SEED_COLUMNS),
         "local_max": str(LOCAL_MAX),
         "sample_bits": str(SAMPLE_BITS),
-        "top_k": str(fixed["top_k"]),
-        "sample_k": str(fixed["sample_k"]),
+        "top_k": literal(int(fixed["top_k"])),
+        "sample_k": literal(int(fixed["sample_k"])),
         "not_kept_tokens": texts(sae["id"] for sae in saes if sae["keep"] != "tokens"),
         "not_kept_documents": texts(sae["id"] for sae in saes if sae["keep"] == "none"),
     }

@@ -19,9 +19,11 @@ MAY_IMPORT = {
     "queries": {
         "queries",
         "pipelines.contents",
+        "pipelines.names",
         "pipelines.schema",
         "pipelines.storage",
         "sae_runtime.errors",
+        "sae_runtime.terminal",
     },
     "jobs": set(ROOMS),
 }
