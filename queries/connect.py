@@ -75,19 +75,24 @@ _RUN_COLUMNS = {
 def connect(uri: str) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection with the index's views and macros. Raises InputError if there is no index.
 
-    DataError names a file that is gone.
+    DataError names a file that is gone. Files that were replaced and removed while it was opened are not: the
+    index is resolved again then.
     """
     store = Store(uri)
     statements = script(store)
-    con = duckdb.connect(":memory:", config={"autoinstall_known_extensions": False})
-    if not store.local:
-        con.register_filesystem(RemoteFiles(store))
-    try:
-        for statement in statements:
-            con.execute(statement)
-    except duckdb.Error as error:
-        raise DataError(f"index {uri}: damaged: {one_line(error)}") from error
-    return con
+    while True:
+        con = duckdb.connect(":memory:", config={"autoinstall_known_extensions": False})
+        if not store.local:
+            con.register_filesystem(RemoteFiles(store))
+        try:
+            for statement in statements:
+                con.execute(statement)
+            return con
+        except duckdb.Error as error:
+            con.close()
+            before, statements = statements, script(store)
+            if statements == before:
+                raise DataError(f"index {uri}: damaged: {one_line(error)}") from error
 
 
 def script(store: Store) -> list[str]:

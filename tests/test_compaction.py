@@ -25,6 +25,7 @@ import tiny
 import queries
 from pipelines import compaction, contents, gc, snapshots
 from pipelines.storage import Store
+from sae_runtime.errors import DataError
 
 ROOT = Path(__file__).parent.parent
 UNITS = 24
@@ -207,6 +208,28 @@ def test_readers_see_whole_units_while_it_is_compacted_and_collected(
     assert not wrong
     assert old.sql(question).fetchall() == answer
     same(index, wanted)
+
+
+def test_an_index_that_is_replaced_while_it_is_opened_is_resolved_again(
+    index: Path, wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = sys.modules["queries.connect"]  # the package has a function of that name
+    script, calls = connect.script, []
+
+    def slow(store: Store) -> list[str]:
+        found = script(store)
+        if not calls:
+            compaction.compact(store)
+            gc.collect(store, 0, 0)
+        calls.append(len(found))
+        return found
+
+    monkeypatch.setattr(connect, "script", slow)
+    same(index, wanted)
+    assert len(calls) > 1
+    (index / files(index, "documents")[0]).unlink()
+    with pytest.raises(DataError, match="damaged"):
+        queries.connect(str(index))
 
 
 def test_two_compactions_at_once(index: Path, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
