@@ -312,7 +312,8 @@ def compact(index: str, format_: str) -> None:
     steps = Steps()
     done = compaction.compact(Store(index), told=lambda job: steps(job.words))
     if format_ != "table":
-        print_rows([asdict(done)], format_, list(asdict(done)))
+        row = asdict(done) | {"replaced": len(done.replaced)}
+        print_rows([row], format_, list(row))
     elif not done.runs and not done.nodes:
         message(f"nothing to compact: {index} is compact")
     else:

@@ -29,7 +29,7 @@ from pipelines.faults import crash
 from pipelines.ledger import Commit, DataFileRecord
 from pipelines.merge import MergeRule, Part, merge_keyed, merge_rows, merge_summaries
 from pipelines.ordinals import Ranges, pack, unpack, without
-from pipelines.schema import DATA, UNIT_FACTS, UNITS
+from pipelines.schema import DATA, REPLACED, UNIT_FACTS, UNITS
 from pipelines.snapshots import (
     Files,
     Node,
@@ -44,6 +44,7 @@ from pipelines.snapshots import (
     write_run,
 )
 from pipelines.storage import Store
+from sae_runtime.errors import DataError
 
 FAN = 32
 TOP = 99  # level of what a full compaction makes
@@ -123,6 +124,7 @@ class Done:
     nodes: int = 0
     rows: int = 0  # of activations, rewritten
     bytes: int = 0  # written
+    replaced: tuple[str, ...] = ()  # files that nothing reads any more, but for readers that began before
 
     def __add__(self, other: Done) -> Done:
         return Done(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
@@ -139,7 +141,7 @@ def compact(
     done = catch_up(store, found.registered, run, told)
     while (job := _due_fully(found := resolve(store, found.registered))) is not None:
         told(job)
-        done += _done(job, execute(found, job, run))
+        done += execute(found, job, run) or Done()
     return done
 
 
@@ -174,7 +176,7 @@ def settle(
         job = due(found, level)
         if job is not None:
             told(job)
-            done += _done(job, execute(found, job, run))
+            done += execute(found, job, run) or Done()
     return done
 
 
@@ -276,20 +278,34 @@ def _due_fully(found: Contents) -> Job | None:
 # --- doing it
 
 
-def _done(job: Job, files: Files | None) -> Done:
+def execute(found: Contents, job: Job, run: Perform = perform_here) -> Done | None:
+    """Merge and publish. None if another compaction of the same pieces was first.
+
+    DataError for an input that is damaged, OSError of the storage.
+    """
+    try:
+        files = _merge_run(found, job, run) if isinstance(job, RunJob) else _merge_node(found, job, run)
+    except (DataError, FileNotFoundError):
+        if newest(found.store) == found.snapshot:
+            raise
+        return None  # another compaction replaced the inputs, and they were removed
     if files is None:
-        return Done()
+        return None
     return Done(
         int(isinstance(job, RunJob)),
         int(isinstance(job, NodeJob)),
         _rows(files.get("activations", ())),
         sum(record.bytes for records in files.values() for record in records),
+        _replaced(found, job) if isinstance(job, RunJob) else (),
     )
 
 
-def execute(found: Contents, job: Job, run: Perform = perform_here) -> Files | None:
-    """Merge and publish. None if another compaction of the same pieces was first."""
-    return _merge_run(found, job, run) if isinstance(job, RunJob) else _merge_node(found, job, run)
+def _replaced(found: Contents, job: RunJob) -> tuple[str, ...]:
+    """What a run takes the place of: data files before the manifests that name them."""
+    merged = [r.path for run in job.runs for records in run.files.values() for r in records]
+    commits = found.commits_of(job.units)
+    own = [c.files[kind].path for c in commits for kind in REPLACED if kind in c.files]
+    return (*merged, *own, *(run.name for run in job.runs))
 
 
 def _merge_run(found: Contents, job: RunJob, run: Perform) -> Files | None:

@@ -2,16 +2,21 @@
 
 Invariant: a scan never waits for it before its own end, and never fails by it: what is left unmerged reads
 the same, and the next scan or `compact` goes on with it. Where there is a cluster the merging is done on it.
+What its own merges replaced it removes after the time that `gc` would wait for readers: a row is rewritten
+once a level, and would otherwise be on disk as often.
 """
 
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 
-from pipelines.compaction import Perform, Tiers, catch_up, settle
+from pipelines.compaction import Done, Perform, Tiers, catch_up, settle
 from pipelines.contents import Registered
+from pipelines.gc import READERS
 from pipelines.registry import next_ordinal
 from pipelines.storage import Store
 from sae_runtime.errors import one_line
@@ -34,6 +39,7 @@ class Upkeep:
         self._store, self._registered, self._perform, self._notice = store, registered, perform, notice
         self._tiers = Tiers(next_ordinal(registered.plans), waiting)
         self._closed: SimpleQueue[Closed | None] = SimpleQueue()
+        self._replaced: deque[tuple[float, tuple[str, ...]]] = deque()  # and when they may go
         self._dropped = threading.Event()
         # A daemon: a scan that is stopped does not wait for it, and it may be killed at any point.
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
@@ -56,16 +62,23 @@ class Upkeep:
 
     def _run(self) -> None:
         try:
-            catch_up(self._store, self._registered, self._perform)
+            self._note(catch_up(self._store, self._registered, self._perform))
             while not self._dropped.is_set():
                 closed = self._closed.get()
                 if closed is None:
                     return
                 level, *span = closed
-                settle(self._store, self._registered, level, (span[0], span[1]), self._perform)
+                done = settle(self._store, self._registered, level, (span[0], span[1]), self._perform)
+                self._note(done)
         except Exception as error:
             if not self._dropped.is_set():
                 self._notice(
                     f"note: compaction stopped ({type(error).__name__}: {one_line(error)}); nothing is lost, "
                     "`corpuscope compact` goes on with it"
                 )
+
+    def _note(self, done: Done) -> None:
+        now = time.monotonic()
+        self._replaced.append((now + READERS, done.replaced))
+        while self._replaced and self._replaced[0][0] <= now:
+            self._store.remove(self._replaced.popleft()[1])

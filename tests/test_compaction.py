@@ -468,3 +468,37 @@ def test_a_compaction_that_fails_is_told_and_harms_nothing(
     assert (outcome.items, outcome.failed) == (UNITS, ())
     assert [line for line in told if "compaction stopped" in line and "no space left" in line]
     same(tmp_path / "index", wanted)
+
+
+def test_a_scan_removes_what_its_compaction_replaced(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any],
+    wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pipelines.upkeep.READERS", 0.0)
+    scan_inline(write_spec(tmp_path))
+    index = tmp_path / "index"
+    store = Store(str(index))
+    assert {f"data/activations/{f.name}" for f in (index / "data" / "activations").iterdir()} == set(
+        files(index, "activations")
+    )
+    same(index, wanted)
+    left = {*store.entries("data"), *store.entries("manifests")}
+    gc.collect(store, 0, 0)
+    assert {*store.entries("data"), *store.entries("manifests")} == left, "gc found more to remove"
+
+
+def test_inputs_that_another_compaction_replaced_are_no_damage(
+    index: Path, wanted: dict[str, list[tuple[Any, ...]]]
+) -> None:
+    store = Store(str(index))
+    found = contents.contents(store)
+    late = compaction.RunJob(1, (), found.own[:6])
+    compaction.compact(store)
+    gc.collect(store, 0, 0)
+    assert compaction.execute(found, late) is None
+    same(index, wanted)
+    gone = files(index, "activations")[0]
+    (index / gone).unlink()
+    found = contents.contents(store)
+    with pytest.raises((DataError, FileNotFoundError), match="activations"):
+        compaction.execute(found, compaction.RunJob(compaction.TOP, found.runs, found.own))
