@@ -1,8 +1,8 @@
 """The command line: parse, call, print. Every command is a few lines over the rooms below.
 
 Invariant: an error that a user can cause is one line on stderr and an exit code of `errors.py`
-(0 done, 1 failed, 2 wrong input, 75 not finished here); heavy imports happen inside the commands, so
-that `--help` and reading commands start fast.
+(0 done, 1 failed, 2 wrong input, 3 done but for documents in quarantine, 75 not finished here); heavy
+imports happen inside the commands, so that `--help` and reading commands start fast.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -28,9 +29,10 @@ from jobs.output import (
     print_rows,
     show,
 )
-from sae_runtime.errors import CorpuscopeError, InputError, Interrupted, one_line
+from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interrupted, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
+_TIDY_SECONDS = 10.0
 # Errors of a disk or a filesystem that mean a wrong path, not a failure.
 _WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -84,6 +86,7 @@ def scan(
         outcome = run_scan(loaded, text, options, observe, message)
     if not outcome.items:
         message(f"nothing to scan: every unit of the corpus is committed (run {outcome.run}, {loaded.index})")
+        _end(outcome.quarantined, loaded.index)
         return
     rate = outcome.tokens / outcome.seconds if outcome.seconds else 0.0
     message(
@@ -97,6 +100,17 @@ def scan(
             f"{len(outcome.failed)} of {count(outcome.items, 'unit')} failed, the first at "
             f"{placed(first.work.unit.path, first.error)}; mend that and run again, committed units stay"
         )
+    _end(outcome.quarantined, loaded.index)
+
+
+def _end(quarantined: int, index: str) -> None:
+    """Say how many documents could not be scanned, if any; that has an exit code of its own."""
+    if quarantined:
+        message(
+            f"{count(quarantined, 'document')} could not be scanned, everything else is indexed: "
+            f'corpuscope sql {index} "SELECT * FROM quarantine" says which and why'
+        )
+        click.get_current_context().exit(QUARANTINED)
 
 
 @cli.command()
@@ -133,7 +147,7 @@ def status(index: str, format_: str) -> None:
         return
     facts = {
         "index": found.index,
-        "state": found.state,
+        "state": f"{found.state} ({found.scan})" if found.scan else found.state,
         "runs": f"{found.runs:,}",
         "SAEs": f"{found.saes:,}",
         "units": f"{found.committed:,} of {found.units:,} committed, {found.running:,} running, "
@@ -366,11 +380,18 @@ def _write_parquet(result: Any, output: str) -> None:
 def _stop_on_signals() -> threading.Event:
     """SIGTERM, and a terminal that closes, stop a scan as Ctrl-C does; committed units stay.
 
-    The event is set from then on.
+    The event is set from then on. Whoever stops a scan often sends several signals; for a few seconds
+    after the first one they do not disturb the tidying up.
     """
     stopped = threading.Event()
+    first = 0.0
 
     def stop(number: int, frame: object) -> None:
+        nonlocal first
+        if not stopped.is_set():
+            first = time.monotonic()
+        elif time.monotonic() - first < _TIDY_SECONDS:
+            return
         stopped.set()
         raise KeyboardInterrupt
 

@@ -4,6 +4,9 @@ Invariant: a batch's shape follows from the lengths of the chunk's contexts alon
 activations come back in corpus order, so nothing downstream sees how contexts were batched. Lengths are
 sorted inside a chunk only; sorted over a whole unit, its documents would stay open until the end. Packed
 contexts keep their order, and a chunk ends where its rows are full, for a row costs the same however full.
+A document that the model cannot run is told by running it alone, in a batch of the same shape whose other
+slots hold harmless tokens; once it is known, such tokens stand in its own slots, and its neighbours get the
+values that they would have beside it.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ import numpy as np
 import torch
 
 from pipelines.contexts import Context
+from pipelines.quarantine import MANY, Poisoned, line
 from pipelines.registry import Unit
 from sae_runtime.encode import Sparse
-from sae_runtime.errors import DataError
+from sae_runtime.errors import CorpuscopeError, DataError, is_infrastructure
 from sae_runtime.model import LanguageModel
 from sae_runtime.packing import Rows, pack, positions, row_length
 from sae_runtime.sites import Site
@@ -42,6 +46,15 @@ class Placed:
     local: int
     document: PlacedDocument
     context: Context
+
+
+HARMLESS = 0  # the token that padding has too
+
+
+def without(context: Context) -> Context:
+    """A context's slots, harmless and counted nowhere."""
+    tokens = np.full_like(context.tokens, HARMLESS)
+    return Context(context.start, context.first, tokens, np.zeros_like(context.counted))
 
 
 @dataclass(frozen=True)
@@ -144,12 +157,14 @@ def capture(
     limit: float | None,
     sampled: Mapping[Site, np.ndarray],
     threads: Threads,
+    enough: int = MANY,
 ) -> dict[Site, Captured]:
     """Activations of the chunk's counted tokens at every site, less those over `limit` (`norm_above`).
 
     Of the sites in `sampled` only those tokens (int64, ascending, numbers of the chunk's counted tokens).
     `budget` is the most padded tokens of a batch, or the tokens of a packed row; batches go side by side in
-    `threads`. Raises DataError naming site and document row for an activation that is not finite.
+    `threads`. Raises Poisoned naming the documents at which the model raises or whose activations are not
+    finite: all of the chunk's, or the first `enough`. What is not a document's fault is raised as it is.
     """
     dtype = next(model.module.parameters()).dtype
     total = len(chunk.context)
@@ -165,6 +180,14 @@ def capture(
         if site not in sampled
     }
     starts = np.searchsorted(chunk.context, np.arange(len(part) + 1) + chunk.first)
+
+    def attempt(members: list[int]) -> Exception | bool:
+        try:
+            return run(members)
+        except Exception as error:
+            if isinstance(error, CorpuscopeError) or is_infrastructure(error):
+                raise
+            return error
 
     @torch.inference_mode()
     def run(members: list[int]) -> bool:
@@ -195,8 +218,14 @@ def capture(
 
     lengths = [len(p.context.tokens) for p in part]
     work = pack(lengths, budget) if model.packs else batches(lengths, budget)
-    if not all(list(threads.map(run, work))):
-        raise _not_finite(found, wanted, model, part, chunk)
+    results = list(threads.map(attempt, work))
+    if any(result is not True for result in results):
+        trial = _Trial(model, part, starts, budget if model.packs else None, wanted)
+        errors: dict[int, str] = {}
+        for members, result in zip(work, results, strict=True):
+            if result is not True and len(errors) < enough:
+                errors.update(trial.culprits(members, result, enough - len(errors)))
+        raise Poisoned(errors)
     if limit is None:
         return {site: Captured(x, wanted[site]) for site, x in found.items()}
     return {
@@ -216,24 +245,68 @@ def _on(index: np.ndarray, x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(index).to(x.device)
 
 
-def _not_finite(
-    found: Mapping[Site, torch.Tensor],
-    wanted: Mapping[Site, np.ndarray],
-    model: LanguageModel,
-    part: Sequence[Placed],
-    chunk: Chunk,
-) -> DataError:
-    """The error that names the first site, and its first document, with a number that is not finite."""
-    for site, x in found.items():
-        bad = torch.nonzero(~torch.isfinite(x).all(dim=1))
-        if len(bad):
-            token = int(wanted[site][int(bad[0])])
-            row = part[int(chunk.context[token]) - chunk.first].document.row
-            return DataError(
-                f"row {row}: activations at {model.taps[site].path} are not finite in {x.dtype}; "
-                "try `dtype: bfloat16` or `float32`"
-            )
-    raise AssertionError("a batch had a number that is not finite")
+class _Trial:
+    """Runs the documents of a batch each alone, to tell at which of them the model fails."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        part: Sequence[Placed],
+        starts: np.ndarray,
+        budget: int | None,
+        wanted: Mapping[Site, np.ndarray],
+    ) -> None:
+        self.model, self.part, self.starts, self.budget, self.wanted = model, part, starts, budget, wanted
+
+    def culprits(self, members: list[int], result: Exception | bool, most: int) -> dict[int, str]:
+        """Rows of the documents at which a batch failed, `most` of them, and how each fails.
+
+        `result` is what the batch raised, or False where its activations are not finite. It is raised
+        where no document is to blame.
+        """
+        if isinstance(result, Exception):
+            self._error(members, set())  # raises what comes without any document
+        found: dict[int, str] = {}
+        for row in dict.fromkeys(self.part[m].document.row for m in members):
+            own = {m for m in members if self.part[m].document.row == row}
+            error = self._error(members, own)
+            if error is not None:
+                found[row] = error
+            if len(found) == most:
+                break
+        if found:
+            return found
+        if isinstance(result, Exception):
+            raise result
+        rows = sorted({self.part[m].document.row for m in members})
+        raise DataError(
+            f"rows {rows[0]} to {rows[-1]}: activations are not finite where these documents share a batch, "
+            "and finite where each is alone; try `dtype: bfloat16` or `float32`"
+        )
+
+    @torch.inference_mode()
+    def _error(self, members: list[int], own: set[int]) -> str | None:
+        """How a batch fails in which only the contexts of `own` are themselves; None if it does not."""
+        contexts = [self.part[m].context if m in own else without(self.part[m].context) for m in members]
+        batch = _batch(contexts, self.budget)
+        inputs = [torch.from_numpy(a) for a in (batch.ids, batch.positions) if a is not None]
+        try:
+            activations = self.model.run(*inputs)
+        except Exception as error:
+            if not own or isinstance(error, CorpuscopeError) or is_infrastructure(error):
+                raise
+            return line(error)
+        source = np.flatnonzero(batch.counted)
+        target = np.concatenate([np.arange(self.starts[m], self.starts[m + 1]) for m in members if m in own])
+        for site, x in activations.items():
+            there = np.isin(target, self.wanted[site])
+            values = x.flatten(0, 1).index_select(0, _on(source[there], x))
+            if not torch.isfinite(values).all():
+                return (
+                    f"activations at {self.model.taps[site].path} are not finite in {x.dtype}; "
+                    "try `dtype: bfloat16` or `float32`"
+                )
+        return None
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

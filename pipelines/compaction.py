@@ -27,10 +27,7 @@ import pyarrow.parquet as pq
 from pipelines.contents import Contents, Registered, contents, facts_of, members, resolve
 from pipelines.faults import crash
 from pipelines.ledger import Commit, DataFileRecord
-from pipelines.merge import MergeRule, Part
-from pipelines.merge_keyed import merge_keyed
-from pipelines.merge_rows import merge_rows
-from pipelines.merge_summaries import merge_summaries
+from pipelines.merge import MergeRule, Part, merge_keyed, merge_rows, merge_summaries
 from pipelines.ordinals import Ranges, pack, unpack, without
 from pipelines.schema import DATA, UNIT_FACTS, UNITS
 from pipelines.snapshots import (
@@ -107,10 +104,10 @@ def perform(task: Task) -> dict[str, list[DataFileRecord]]:
     """Do a task: its files are written, and named by nothing yet."""
     store = Store(task.index)
     if task.what == "keyed":
-        return merge_keyed(store, task.parts, task.rule, task.stem, task.omit, crash)
+        return merge_keyed(store, task.parts, task.rule, task.stem, task.omit)
     if task.what == "rows":
-        return merge_rows(store, task.parts, task.saes, task.rule, task.stem, task.omit, crash)
-    return merge_summaries(store, task.parts, task.saes, task.rule, task.stem, crash)
+        return merge_rows(store, task.parts, task.saes, task.rule, task.stem, task.omit)
+    return merge_summaries(store, task.parts, task.saes, task.rule, task.stem)
 
 
 def perform_here(tasks: Sequence[Task]) -> list[dict[str, list[DataFileRecord]]]:

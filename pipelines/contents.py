@@ -159,13 +159,18 @@ class Contents:
         return [*_of(self.runs, kind), *_own(own, "document_features" if kind == "by_document" else kind)]
 
     @cached_property
-    def facts(self) -> pa.Table:
-        """Counts of every unit that was ever committed whole (UNIT_FACTS), shown or not."""
+    def merged_facts(self) -> pa.Table:
+        """Counts of the units that runs know of (UNIT_FACTS), shown or not."""
         tables = [
             pq.read_table(io.BytesIO(self.store.read(record.path)), schema=UNIT_FACTS)
             for record in _of(self.runs, UNITS)
         ]
-        return pa.concat_tables([*tables, facts_of(self.commits_of(self.whole))])
+        return pa.concat_tables([UNIT_FACTS.empty_table(), *tables])
+
+    @cached_property
+    def facts(self) -> pa.Table:
+        """Counts of every unit that was ever committed whole (UNIT_FACTS), shown or not."""
+        return pa.concat_tables([self.merged_facts, facts_of(self.commits_of(self.whole))])
 
 
 def contents(store: Store) -> Contents:
@@ -204,6 +209,7 @@ def facts_of(commits: Sequence[Commit]) -> pa.Table:
                 "ordinal": commit.ordinal,
                 "run": commit.run,
                 "documents": commit.documents,
+                "quarantined": commit.quarantined,
                 "contexts": commit.contexts,
                 "tokens": commit.tokens,
                 "started": commit.started,

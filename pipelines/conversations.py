@@ -37,7 +37,7 @@ from pipelines.contexts import Segment, special_ids
 from pipelines.corpus import Document
 from pipelines.messages import Message, strings, texts
 from pipelines.spec import CorpusSource
-from sae_runtime.errors import DataError, InputError, one_line
+from sae_runtime.errors import DataError, InputError, is_infrastructure, one_line
 
 TEMPLATE = "template"  # the role of tokens that are of no message
 _DATE = datetime.datetime(2024, 7, 26)
@@ -108,21 +108,21 @@ class Conversations:
         self._spells = _any_of(self._names[i] for i in self._special.tolist() if i in self._names)
         self._aliased: _Aliased | None = None
 
-    def tokenize(self, documents: Sequence[Document], path: str) -> list[Tokens]:
-        """The tokens of each document's messages. DataError naming `path`, row and what is wrong."""
+    def tokenize(self, documents: Sequence[Document]) -> list[Tokens]:
+        """The tokens of each document's messages. DataError saying what is wrong with the first bad one."""
         rendered = []
         for document in documents:
             try:
                 rendered.append(self._rendered(document.messages or ()))
             except ValueError as error:
-                raise DataError(f"{path}: row {document.row}: {error}") from error
+                raise DataError(str(error)) from error
         encoded = self._encode([each.text for each in rendered])
         found = []
         for document, each, (ids, starts, stops) in zip(documents, rendered, encoded, strict=True):
             try:
                 ids, message = self._owned(each, ids, starts, stops)
             except ValueError as error:
-                raise DataError(f"{path}: row {document.row}: {error}") from error
+                raise DataError(str(error)) from error
             roles = tuple(message["role"] for message in document.messages or ())
             found.append(Tokens(ids.astype(np.int32), message, roles))
         return found
@@ -222,6 +222,8 @@ class Conversations:
                 list(messages), chat_template=self._template, tokenize=False
             )
         except Exception as error:  # a template is code of the user's, which can fail in any way
+            if is_infrastructure(error):
+                raise
             raise ValueError(f"the chat template refuses it: {one_line(error)}") from error
         return str(text)
 

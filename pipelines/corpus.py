@@ -2,8 +2,9 @@
 
 Invariant: rows are numbered from 0 in file order (a text file is one row; blank lines of JSON lines
 are none), `index_file` and `read_documents` agree on that numbering, and documents do not depend on
-how rows are cut into spans or on which spans are read. Planning counts a row that cannot be read as a
-row without text; reading it is what raises, so that spans stay where they are whatever is refused.
+how rows are cut into spans or on which spans are read. A row that cannot be a document is a row without
+text for planning and comes out refused when it is read, so that spans stay where they are. Where a file
+cannot be read on and nobody knows how many rows are left, the rest is one such row.
 
 Trade-off: a span has no byte offset, so reading one of a JSON-lines file decodes from the file's start.
 Measured on 2 shared cores (178 MB of JSON lines holding Python sources, 37 MB as .zst): rows before the
@@ -17,19 +18,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, repeat
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipelines import messages, readers
 from pipelines.columns import convert, schema_type, value_type, widen
 from pipelines.files import SourceFile
+from pipelines.quarantine import Refused, line
 from pipelines.schema import METADATA_TYPES
 from pipelines.spec import CorpusSource
-from sae_runtime.errors import DataError, InputError
 
 SPAN_ROWS = 1 << 16  # most rows of a span, however little text they have
 HEAD = 1000  # rows of a file that say which columns it has, and values of a column that say its type
@@ -53,6 +54,9 @@ class FileIndex:
     text_bytes: int  # UTF-8 bytes of text of the whole file
     spans: tuple[Span, ...]
     types: dict[str, str]  # metadata column -> bool int64 double string timestamp date json null
+    # What of the spec does not suit this file, in words, by key and column: the spec's mistake if it suits
+    # none of the source's files. None where no row of the file can say.
+    unsuited: dict[tuple[str, str], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,18 +115,22 @@ def index_file(
     `unit_bytes` are UTF-8 bytes of text. Spans are never empty and depend only on the rows from
     `start` on. JSON-lines types come from each column's first 1,000 values that are not null: a stray
     value late in a file is then one document refused, not a column turned into json, and a file that
-    grows beyond them keeps its types. InputError for columns that the file does not have (JSON lines:
-    in none of its first 1,000 rows), DataError for damaged contents.
+    grows beyond them keeps its types. InputError for a file that cannot be opened; damage is no error.
     """
     cutter = _Cutter(unit_bytes, start, rows)
     with readers.reading(file.path):
         if file.format == "text":
-            digest, types = _index_text(file, source, cutter)
+            types, unsuited = _index_text(file, source, cutter)
         elif file.format == "jsonl":
-            digest, types = _index_json(file, source, cutter)
+            return _index_json(file, source, cutter)
         else:
-            digest, types = _index_table(file, source, cutter)
-    return FileIndex(digest, cutter.rows, cutter.text_bytes, cutter.spans(), types)
+            types, unsuited = _index_table(file, source, cutter)
+        with readers.open_stored(file.uri) as stored:
+            digest = readers.Hashing(stored).finish()
+    return FileIndex(digest, cutter.rows, cutter.text_bytes, cutter.spans(), types, unsuited)
+
+
+Found = tuple[dict[str, str], dict[tuple[str, str], str] | None]  # types, what is unsuited
 
 
 def _wanted(source: CorpusSource) -> Iterator[tuple[str, str]]:
@@ -133,37 +141,43 @@ def _wanted(source: CorpusSource) -> Iterator[tuple[str, str]]:
     yield from (("metadata", column) for column in source.metadata)
 
 
-def _check_columns(file: SourceFile, source: CorpusSource, has: Sequence[str]) -> None:
-    for key, column in _wanted(source):
-        if column not in has:
-            listed = ", ".join(has[:20]) + (", …" if len(has) > 20 else "")
-            raise InputError(f"corpus.{key}: no column {column!r} in {file.path}; it has: {listed}")
+def _missing(file: SourceFile, source: CorpusSource, has: Sequence[str]) -> dict[tuple[str, str], str]:
+    listed = ", ".join(has[:20]) + (", …" if len(has) > 20 else "")
+    return {
+        (key, column): f"corpus.{key}: no column {column!r} in {file.path}; it has: {listed}"
+        for key, column in _wanted(source)
+        if column not in has
+    }
 
 
-def _index_text(file: SourceFile, source: CorpusSource, cutter: _Cutter) -> tuple[str, dict[str, str]]:
-    for key in ("messages", "id", "metadata"):
-        if getattr(source, key):
-            raise InputError(f"corpus.{key}: {file.path} is a text file, without columns; leave `{key}` out")
+def _index_text(file: SourceFile, source: CorpusSource, cutter: _Cutter) -> Found:
+    unsuited = {
+        (key, column): f"corpus.{key}: {file.path} is a text file, without columns; leave `{key}` out"
+        for key, column in _wanted(source)
+        if key != "text"
+    }
     with readers.open_stored(file.uri) as stored:
-        hashing = readers.Hashing(stored)
-        cutter.add(len(readers.whole(hashing, file.path)))
-        return hashing.finish(), {}
+        data = readers.whole(stored, file.path)
+    cutter.add(0 if isinstance(data, Refused) or source.messages is not None else len(data))
+    return dict.fromkeys(source.metadata, "null"), unsuited
 
 
-def _index_json(file: SourceFile, source: CorpusSource, cutter: _Cutter) -> tuple[str, dict[str, str]]:
+def _index_json(file: SourceFile, source: CorpusSource, cutter: _Cutter) -> FileIndex:
     columns = _JsonColumns(file, source)
     with readers.open_stored(file.uri) as stored:
         hashing = readers.Hashing(stored)
-        for line in readers.json_lines(hashing, file.path):
-            row = readers.parse(line)
+        for text in readers.json_lines(hashing, file.path):
+            row = readers.parse(text)
             value = row.get(source.column[1]) if isinstance(row, dict) else None
             if source.messages is not None:
                 cutter.add(messages.text_bytes(value))
             else:
                 cutter.add(_utf8_bytes(value) if isinstance(value, str) else 0)
             columns.add(row)
-        columns.check()
-        return hashing.finish(), columns.types
+        digest = hashing.finish()
+    return FileIndex(
+        digest, cutter.rows, cutter.text_bytes, cutter.spans(), columns.types, columns.unsuited()
+    )
 
 
 def _utf8_bytes(text: str) -> int:
@@ -181,14 +195,15 @@ class _JsonColumns:
         self._open = dict.fromkeys(source.metadata, HEAD)  # values still to look at
 
     def add(self, row: Any) -> None:
+        """The next row: its value, or why there is none."""
+        if isinstance(row, Refused):  # too long, or the unreadable rest
+            return
         self._rows += 1
         if isinstance(row, dict):
             if self._rows <= HEAD:
                 self._seen.update(dict.fromkeys(row))
             for column in list(self._open):
                 self._look(column, row.get(column))
-        if self._rows == HEAD:
-            self.check()
 
     def _look(self, column: str, value: Any) -> None:
         if value is None:
@@ -198,57 +213,75 @@ class _JsonColumns:
         if not self._open[column]:
             del self._open[column]
 
-    def check(self) -> None:
-        """InputError if a wanted column is in none of the first rows; a file of no rows passes."""
-        if self._rows and not self._seen:
-            raise InputError(f"corpus.format: no JSON object on the first lines of {self._file.path}; "
-                             "JSON lines hold one each; set `format:` if it is something else")  # fmt: skip
-        if self._rows:
-            _check_columns(self._file, self._source, list(self._seen))
+    def unsuited(self) -> dict[tuple[str, str], str] | None:
+        """Which wanted columns are in none of the first rows; None if there are no rows."""
+        if not self._rows:
+            return None
+        if not self._seen:
+            why = (f"corpus.format: no JSON object on the first lines of {self._file.path}; "
+                   "JSON lines hold one each; set `format:` if it is something else")  # fmt: skip
+            return dict.fromkeys(_wanted(self._source), why)
+        return _missing(self._file, self._source, list(self._seen))
 
 
-def _index_table(file: SourceFile, source: CorpusSource, cutter: _Cutter) -> tuple[str, dict[str, str]]:
-    with readers.open_table(file.uri, file.path, file.format) as table:
-        types = _check_schema(file, source, table.schema)
-        column = source.column[1]
-        for _, batch in table.batches([column]):
-            for size in _table_bytes(readers.plain(batch.column(column)), source.messages is not None):
-                cutter.add(size)
-    with readers.open_stored(file.uri) as stored:
-        return readers.Hashing(stored).finish(), types
+def _index_table(file: SourceFile, source: CorpusSource, cutter: _Cutter) -> Found:
+    key, column = source.column
+    try:
+        with readers.open_table(file.uri, file.path, file.format) as table:
+            types, unsuited = _schema(file, source, table.schema)
+            for part in table.parts([column]):
+                if isinstance(part.batch, str) or (key, column) in unsuited:
+                    sizes: Iterable[int] = repeat(0, part.rows)
+                else:
+                    sizes = _table_bytes(readers.plain(part.batch.column(column)), key == "messages")
+                for size in islice(sizes, part.rows):
+                    cutter.add(size)
+            return types, unsuited
+    except readers.Damaged:
+        cutter.add(0)
+        return dict.fromkeys(source.metadata, "null"), None
 
 
 def _table_bytes(column: pa.Array, conversations: bool) -> Iterator[int]:
     """UTF-8 bytes of text of each value."""
     if not conversations:
-        yield from (size or 0 for size in pc.binary_length(column).to_pylist())
+        yield from (0 if size is None or size > readers.MOST else size for size in readers.text_sizes(column))
         return
-    for value in column:
+    large = set(readers.too_large(column))
+    for at, value in enumerate(column):
         try:
-            item = value.as_py()
-        except (ValueError, OverflowError):  # such as bytes that are not UTF-8: reading the row raises
+            item = None if at in large else value.as_py()
+        except (ValueError, OverflowError):  # such as bytes that are not UTF-8
             item = None
         yield messages.text_bytes(item)
 
 
-def _check_schema(file: SourceFile, source: CorpusSource, schema: pa.Schema) -> dict[str, str]:
-    """The metadata types. InputError for a missing column or one of a type that will not do."""
-    _check_columns(file, source, schema.names)
-    for key, column in _wanted(source):
-        if schema.names.count(column) > 1:
-            raise InputError(f"corpus.{key}: {file.path} has several columns {column!r}; rename all but one")
-    names = {column: schema_type(schema.field(column).type) for _, column in _wanted(source)}
+def _schema(
+    file: SourceFile, source: CorpusSource, schema: pa.Schema
+) -> tuple[dict[str, str], dict[tuple[str, str], str]]:
+    """The metadata types, and what is missing or of a type that will not do."""
+    unsuited = _missing(file, source, schema.names)
+    types = dict.fromkeys(source.metadata, "null")
     allowed: dict[str, tuple[str, ...]] = {
         "text": ("string", "null"),
         "messages": ("json", "string", "null"),
         "id": ("string", "int64", "null"),
     }
     for key, column in _wanted(source):
-        name = names[column]
-        if name is None or name not in allowed.get(key, METADATA_TYPES):
-            raise InputError(f"corpus.{key}: column {column!r} of {file.path} is of type "
-                             f"{schema.field(column).type}, which cannot be kept as {key}")  # fmt: skip
-    return {column: names[column] or "null" for column in source.metadata}
+        if (key, column) in unsuited:
+            continue
+        if schema.names.count(column) > 1:
+            why = f"{file.path} has several columns {column!r}; rename all but one"
+        else:
+            name = schema_type(schema.field(column).type)
+            if name is not None and name in allowed.get(key, METADATA_TYPES):
+                if key == "metadata":
+                    types[column] = name
+                continue
+            why = (f"column {column!r} of {file.path} is of type {schema.field(column).type}, "
+                   f"which cannot be kept as {key}")  # fmt: skip
+        unsuited[key, column] = f"corpus.{key}: {why}"
+    return types, unsuited
 
 
 # --- documents
@@ -256,19 +289,19 @@ def _check_schema(file: SourceFile, source: CorpusSource, schema: pa.Schema) -> 
 
 def read_documents(
     file: SourceFile, source: CorpusSource, types: dict[str, str], start: int, stop: int
-) -> Iterator[Document]:
+) -> Iterator[Document | Refused]:
     """The documents of rows [start, stop), in order, with metadata as the frozen `types`.
 
     With `source.sample`, those rows whose blake2b-8 of "corpus NUL path NUL row", as a big-endian
-    number over 2^64, is below the fraction; others are not looked at. DataError, naming file and row,
-    for a row without text or with values that do not fit, and for a file that ends before `stop`:
-    it has changed since it was planned.
+    number over 2^64, is below the fraction; others are not looked at. A row that cannot be read, has no
+    text or has values that do not fit is refused; an id or metadata that it lacks are None. DataError
+    for a file that ends before `stop`: it has changed since it was planned.
     """
     keep = _sampler(file, source.sample)
     columns = list(dict.fromkeys(column for _, column in _wanted(source)))
     with readers.reading(file.path):
         for row, values in readers.rows(file, columns, start, stop, keep):
-            yield _document(file, source, types, row, values)
+            yield values if isinstance(values, Refused) else _document(file, source, types, row, values)
 
 
 def _sampler(file: SourceFile, fraction: float | None) -> Callable[[int], bool]:
@@ -285,37 +318,60 @@ def _sampler(file: SourceFile, fraction: float | None) -> Callable[[int], bool]:
     return keep
 
 
+class _Unfit(Exception):
+    """Why a row is no document."""
+
+
 def _document(
     file: SourceFile, source: CorpusSource, types: dict[str, str], row: int, values: dict[str, Any]
-) -> Document:
+) -> Document | Refused:
+    id = None
+    try:
+        id = _id(source, values)
+        metadata = tuple(_fit(name, values.get(name), types[name]) for name in source.metadata)
+        text, turns = _content(file, source, values)
+    except _Unfit as error:
+        return Refused(row, line(str(error)), id)
+    return Document(row, id, text, metadata, turns)
+
+
+def _content(
+    file: SourceFile, source: CorpusSource, values: dict[str, Any]
+) -> tuple[str, tuple[messages.Message, ...] | None]:
+    """Text and messages of a row."""
     key, column = source.column
+    if file.format == "text" and key == "messages":
+        raise _Unfit("a text file has no messages")
     if column not in values:
-        raise DataError(f"{file.path}: row {row}: {key} column {column!r} is missing")
-    text, turns = values[column], None
+        raise _Unfit(f"{key} column {column!r} is missing")
+    value = values[column]
     if key == "messages":
         try:
-            text, turns = "", messages.conversation(text)
-        except ValueError as error:
-            raise DataError(f"{file.path}: row {row}: messages column {column!r} {error}") from error
-    elif not isinstance(text, str):
-        problem = f"is {readers.shown(text)}, not a string"
-        raise DataError(f"{file.path}: row {row}: text column {column!r} {problem}")
-    _fit(file, row, column, text, "string")
-    metadata = tuple(_fit(file, row, name, values.get(name), types[name]) for name in source.metadata)
-    return Document(row, _id(file, source, row, values), text, metadata, turns)
+            return "", messages.conversation(value)
+        except (ValueError, RecursionError) as error:
+            raise _Unfit(f"messages column {column!r} {error}") from error
+    if not isinstance(value, str):
+        raise _Unfit(f"text column {column!r} is {readers.shown(value)}, not a string")
+    return str(_fit(column, value, "string")), None
 
 
-def _id(file: SourceFile, source: CorpusSource, row: int, values: dict[str, Any]) -> str | None:
+def _id(source: CorpusSource, values: dict[str, Any]) -> str | None:
     if source.id is None:
         return None
     value = values.get(source.id)
     if isinstance(value, int) and not isinstance(value, bool):
+        return _digits(value)
+    return None if value is None else str(_fit(source.id, value, "string"))
+
+
+def _digits(value: int) -> str:
+    try:
         return str(value)
-    return _fit(file, row, source.id, value, "string")
+    except ValueError as error:  # thousands of digits
+        raise _Unfit(line(error)) from error
 
 
-def _fit(file: SourceFile, row: int, column: str, value: Any, type: str) -> Any:
+def _fit(column: str, value: Any, type: str) -> Any:
     with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
         return convert(value, type)
-    shown = readers.shown(value)
-    raise DataError(f"{file.path}: row {row}: column {column!r} holds {shown}, which is not {type}")
+    raise _Unfit(f"column {column!r} holds {readers.shown(value)}, which is not {type}")

@@ -6,7 +6,6 @@ are measured ones (docs/LOG.md has the runs); active features come from each SAE
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +14,15 @@ from pathlib import Path
 
 from pipelines.contexts import tokenize
 from pipelines.conversations import Conversations
-from pipelines.corpus import read_documents
+from pipelines.corpus import Document, read_documents
 from pipelines.messages import content_bytes
 from pipelines.planning import Planned, Prepared, sae_bytes
+from pipelines.quarantine import culprits_apart
 from pipelines.schema import DATA
 from pipelines.storage import Store
 from pipelines.unit import CHUNK_TOKENS, SEGMENT_ROWS
 from pipelines.words import human
-from sae_runtime.errors import DataError, InputError
+from sae_runtime.errors import InputError
 from sae_runtime.model import load_tokenizer, model_size
 from sae_runtime.sae import SaeInfo
 
@@ -125,17 +125,20 @@ def bytes_per_token(prepared: Prepared, planned: Planned) -> float:
         rows = islice(read_documents(file, source, {}, unit.start, unit.stop), _SAMPLE_TEXTS // 8)
         template = prepared.templates[file.source]
         chat = None if template is None else Conversations(tokenizer, template)
-        with contextlib.suppress(DataError):  # a row that cannot be read fails its unit, not the estimate
-            for document in rows:
-                if chat is None:
-                    text = document.text[: _SAMPLE_BYTES // _SAMPLE_TEXTS]
-                    (ids,) = tokenize(tokenizer, [text])
-                    size += len(text.encode())
-                else:
-                    (tokens,) = chat.tokenize([document], unit.path)
-                    ids = tokens.ids
-                    size += content_bytes(document.messages or ())
-                count += len(ids)
+
+        def measured(documents: list[Document], chat: Conversations | None = chat) -> list[tuple[int, int]]:
+            """Bytes of text and tokens."""
+            if chat is None:
+                texts = [document.text[: _SAMPLE_BYTES // _SAMPLE_TEXTS] for document in documents]
+                sizes = [len(text.encode()) for text in texts]
+                return list(zip(sizes, map(len, tokenize(tokenizer, texts)), strict=True))
+            sizes = [content_bytes(document.messages or ()) for document in documents]
+            return list(zip(sizes, (len(each.ids) for each in chat.tokenize(documents)), strict=True))
+
+        readable = [row for row in rows if isinstance(row, Document)]
+        for found in culprits_apart(measured, readable):
+            if isinstance(found, tuple):  # what cannot be tokenised will not be in the index either
+                size, count = size + found[0], count + found[1]
     return size / count if count else 4.0
 
 

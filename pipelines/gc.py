@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -105,7 +105,7 @@ def _garbage(
 ) -> Iterable[tuple[Entry, bool]]:
     """Objects that nothing needs, each with whether it is old enough to go."""
     now = store.now()
-    manifests = {entry.name: entry for entry in store.details(MANIFESTS)}
+    manifests = {entry.name: entry for entry in _listed(store, MANIFESTS)}
     needed, runs = _merged_in_use(store, found)
     since = _covered_since(runs, manifests)
     stems = {name.rsplit("/", 1)[-1].removesuffix(".json") for name in needed}
@@ -122,7 +122,7 @@ def _garbage(
         if unit.ordinal not in retired and (unit.ordinal, group) not in commits
     }
     replaced = _replaced(store)
-    for entry in store.details(DATA):
+    for entry in _listed(store, DATA):
         name = entry.name.removeprefix(f"{DATA}/")
         if match := _OWN.fullmatch(name):
             place = match["unit"], int(match["group"])
@@ -142,13 +142,18 @@ def _garbage(
             at = replaced.get(entry.name)
             yield entry, now - entry.modified >= unfinished or (at is not None and now - at >= readers)
     newest = f"{SNAPSHOTS}/{found.snapshot.number:06d}.json"
-    for entry in store.details(SNAPSHOTS):
+    for entry in _listed(store, SNAPSHOTS):
         if entry.name < newest:
             yield entry, now - entry.modified >= unfinished  # until then they tell what was replaced when
     tables = {f"{PLANS}/{plan.run - 1:06d}-{plan.attempt}" for plan in found.plans}
-    for entry in store.details(PLANS):
+    for entry in _listed(store, PLANS):
         if entry.name.endswith(".parquet") and entry.name.split(".")[0] not in tables:
             yield entry, now - entry.modified >= unfinished
+
+
+def _listed(store: Store, folder: str) -> list[Entry]:
+    """The objects of a folder, by their whole names."""
+    return [replace(entry, name=f"{folder}/{entry.name}") for entry in store.details(folder)]
 
 
 def _named(store: Store) -> set[str]:
@@ -177,7 +182,7 @@ def _covered_since(runs: Iterable[Run], manifests: dict[str, Entry]) -> dict[int
 
 def _replaced(store: Store) -> dict[str, float]:
     """When the manifests that snapshots named, and the newest does not name any more, were replaced."""
-    entries = sorted(store.details(SNAPSHOTS), key=lambda entry: entry.name)
+    entries = sorted(_listed(store, SNAPSHOTS), key=lambda entry: entry.name)
     heads = objects(store, [entry.name for entry in entries])
     last = {name: i for i, head in enumerate(heads) for name in (*head["runs"], *head["nodes"])}
     return {name: entries[i + 1].modified for name, i in last.items() if i + 1 < len(entries)}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.registry import Plan, dump, objects, read_plans, write_plan
-from pipelines.schema import COMMITS, FAILURES, FORMAT, INDEX
+from pipelines.schema import COMMITS, FORMAT, INDEX
 from pipelines.storage import Store, names
 from sae_runtime.errors import InputError
 
@@ -42,7 +42,9 @@ class Commit:
     group: int
     attempt: str
     run: int
-    documents: int
+    documents: int  # indexed
+    quarantined: int  # documents of the unit that could not be scanned: read = documents + quarantined
+    poison: tuple[int, ...]  # rows of those of them that the model refuses, ascending
     contexts: int
     tokens: int  # counted
     tokens_run: int
@@ -62,7 +64,7 @@ def commit_name(ordinal: int, group: int) -> str:
 
 
 class Ledger:
-    """Identity, plans, commits and failures of one index."""
+    """Identity, plans and commits of one index."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -125,19 +127,10 @@ class Ledger:
         """Publish a unit's group. False when another attempt was first: its files stay the truth."""
         return self.store.put_if_absent(commit.name, dump(asdict(commit)))
 
-    def fail(self, unit: str, group: int, attempt: str, record: dict[str, Any]) -> None:
-        """Keep a failed attempt on record."""
-        self.store.write(f"{FAILURES}/{unit}.{group}-{attempt}.json", dump(record))
-
-    def failures(self) -> list[dict[str, Any]]:
-        """Every recorded failure, with `unit`, `group`, `error` and `time`."""
-        found = [f"{FAILURES}/{name}.json" for name in names(self.store, FAILURES, ".json")]
-        return objects(self.store, found)
-
 
 def _commit(data: dict[str, Any]) -> Commit:
     files = {kind: DataFileRecord(**record) for kind, record in data.pop("files").items()}
-    return Commit(files=files, **data)
+    return Commit(files=files, poison=tuple(data.pop("poison")), **data)
 
 
 def _ordinal(name: str) -> int:

@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.ledger import DataFileRecord
-from pipelines.merge import (
-    Fault,
+from pipelines.merge_files import (
     Inputs,
     MergeRule,
     Output,
@@ -20,17 +19,11 @@ from pipelines.merge import (
     check_order,
     conformed,
     left_out,
-    no_fault,
     present,
 )
 from pipelines.schema import KEYED, LOCAL_BITS
 from pipelines.storage import Store
 
-_KEYS = {
-    "context": LOCAL_BITS,
-    "document": LOCAL_BITS,
-    "unit": 0,
-}  # what tells the unit: bits below it
 _ROWS, _BYTES = 1 << 17, 16 << 20  # of a row group, whichever comes first; bytes as in memory
 _READ = 1 << 10  # rows at a time
 
@@ -41,7 +34,6 @@ def merge_keyed(
     rule: MergeRule,
     stem: str,
     omit: frozenset[int] = frozenset(),
-    fault: Fault = no_fault,
 ) -> dict[str, list[DataFileRecord]]:
     """Merge the kinds of KEYED that the parts have, units of `omit` left out.
 
@@ -50,7 +42,7 @@ def merge_keyed(
     """
     check_order(parts)
     kinds = [kind for kind in KEYED if any(part.files.get(kind) for part in parts)]
-    found = {kind: _merge(store, parts, rule, stem, omit, fault, kind) for kind in kinds}
+    found = {kind: _merge(store, parts, rule, stem, omit, kind) for kind in kinds}
     return {kind: records for kind, records in found.items() if records}
 
 
@@ -60,13 +52,12 @@ def _merge(
     rule: MergeRule,
     stem: str,
     omit: frozenset[int],
-    fault: Fault,
     kind: str,
 ) -> list[DataFileRecord]:
     schema = rule.schema(kind)
     held: list[pa.RecordBatch] = []
     rows = size = 0
-    with Inputs(store, schema.names) as inputs, Output(store, kind, rule, stem, fault) as output:
+    with Inputs(store, schema.names) as inputs, Output(store, kind, rule, stem) as output:
         for part in present(parts, omit):
             ordinals = left_out(part, omit)
             for name in part.files.get(kind, ()):
@@ -86,6 +77,6 @@ def _merge(
 def _without_units(batch: pa.RecordBatch, ordinals: np.ndarray | None) -> pa.RecordBatch:
     if ordinals is None:
         return batch
-    column = next(name for name in batch.schema.names if name in _KEYS)
-    unit = batch.column(column).to_numpy() >> _KEYS[column]
+    key = "context" if "context" in batch.schema.names else "document"
+    unit = batch.column(key).to_numpy() >> LOCAL_BITS
     return batch.filter(pa.array(~np.isin(unit, ordinals)))

@@ -11,9 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.ledger import DataFileRecord
-from pipelines.merge import (
+from pipelines.merge_files import (
     Cutter,
-    Fault,
     Inputs,
     MergeRule,
     Output,
@@ -21,7 +20,6 @@ from pipelines.merge import (
     check_order,
     conformed,
     left_out,
-    no_fault,
     present,
     without,
 )
@@ -41,7 +39,6 @@ def merge_rows(
     rule: MergeRule,
     stem: str,
     omit: frozenset[int] = frozenset(),
-    fault: Fault = no_fault,
 ) -> dict[str, list[DataFileRecord]]:
     """Merge activations, document_features and by_document of some SAEs, units of `omit` left out.
 
@@ -51,8 +48,8 @@ def merge_rows(
     check_order(parts)
     found = {}
     for kind, column, tokens in (("activations", "token", rule.length), ("document_features", "document", 1)):
-        found[kind] = _by_feature(store, parts, saes, rule, stem, omit, fault, kind, column, tokens)
-    found["by_document"] = _by_document(store, parts, saes, rule, stem, omit, fault)
+        found[kind] = _by_feature(store, parts, saes, rule, stem, omit, kind, column, tokens)
+    found["by_document"] = _by_document(store, parts, saes, rule, stem, omit)
     return {kind: records for kind, records in found.items() if records}
 
 
@@ -63,7 +60,6 @@ def _by_feature(
     rule: MergeRule,
     stem: str,
     omit: frozenset[int],
-    fault: Fault,
     kind: str,
     column: str,
     tokens: int,
@@ -71,9 +67,9 @@ def _by_feature(
     """`column` is the one whose keys tell the unit, `tokens` how many of them a document or context has."""
     schema = rule.schema(kind)
     inner = without(schema, "sae")
-    with Inputs(store, inner.names) as inputs, Output(store, kind, rule, stem, fault) as output:
+    with Inputs(store, inner.names) as inputs, Output(store, kind, rule, stem) as output:
         found = [
-            (_omitting(part, omit, inner, column, tokens), row_groups(inputs, part, kind, "feature"))
+            (_omitting(part, omit, inner, column, tokens), row_groups(inputs, part, kind, "sae", "feature"))
             for part in present(parts, omit)
         ]
         cutter = Cutter(output, ROWS_PER_GROUP)
@@ -81,7 +77,7 @@ def _by_feature(
             runs = [
                 Run(inputs, run, "feature", prepare)
                 for prepare, groups in found
-                for run in in_runs([group for group in groups if group.saes[0] == sae])
+                for run in in_runs([group for group in groups if group.sae == sae], "feature")
             ]
             for batches, _ in windows(runs, _BUDGET):
                 if batches:
@@ -134,11 +130,10 @@ def _by_document(
     rule: MergeRule,
     stem: str,
     omit: frozenset[int],
-    fault: Fault,
 ) -> list[DataFileRecord]:
     schema = rule.schema("by_document")
     names = pa.array(saes, pa.string())
-    with Inputs(store, schema.names) as inputs, Output(store, "by_document", rule, stem, fault) as output:
+    with Inputs(store, schema.names) as inputs, Output(store, "by_document", rule, stem) as output:
         cutter = Cutter(output, _DOCUMENT_ROWS)
         for part in present(parts, omit):
             prepare = _numbered(schema, saes, left_out(part, omit))
@@ -159,8 +154,8 @@ def _unit_documents(
 
     Read SAE by SAE they are so but for the document: an SAE has a document's rows in one run.
     """
-    groups = row_groups(inputs, part, "document_features", "feature")
-    wanted = [group for sae in saes for group in groups if group.saes[0] == sae]
+    groups = row_groups(inputs, part, "document_features", "sae")
+    wanted = [group for sae in saes for group in groups if group.sae == sae]
     batches = [
         prepare(batch)
         for group in wanted
@@ -181,9 +176,12 @@ def _merged_documents(
 ) -> Iterator[dict[str, np.ndarray]]:
     """A merged part's by_document, which may lie in several ranges of SAEs and hold others too."""
     lowest, highest = min(saes), max(saes)
-    groups = row_groups(inputs, part, "by_document", "document")
-    wanted = [group for group in groups if group.saes[0] <= highest and lowest <= group.saes[1]]
-    runs = [Run(inputs, run, "document", prepare) for run in in_runs(wanted)]
+    wanted = []
+    for group in row_groups(inputs, part, "by_document", "sae", "document"):
+        first, last = group.spans["sae"]
+        if first <= highest and lowest <= last:
+            wanted.append(group)
+    runs = [Run(inputs, run, "document", prepare) for run in in_runs(wanted, "document")]
     for batches, _ in windows(runs, _BUDGET):
         if batches:
             columns = _columns(batches)

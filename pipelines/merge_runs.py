@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.merge import Inputs, Part
+from pipelines.merge_files import Inputs, Part
 from sae_runtime.errors import DataError
 
 Prepare = Callable[[pa.RecordBatch], pa.RecordBatch]
@@ -41,8 +41,12 @@ class RowGroup:
 
     file: str
     number: int
-    saes: tuple[str, str]  # lowest and highest
-    keys: tuple[int, int]  # (0, 0) where none was asked for
+    spans: dict[str, tuple[Any, Any]]  # lowest and highest value of columns that were asked for
+
+    @property
+    def sae(self) -> str:
+        """Its SAE, where it has one."""
+        return str(self.spans["sae"][0])
 
 
 class Block(NamedTuple):
@@ -52,8 +56,8 @@ class Block(NamedTuple):
     batch: pa.RecordBatch
 
 
-def row_groups(inputs: Inputs, part: Part, kind: str, key: str | None = None) -> list[RowGroup]:
-    """The row groups of a part's files, in order, with the span of column `key` in each.
+def row_groups(inputs: Inputs, part: Part, kind: str, *columns: str) -> list[RowGroup]:
+    """The row groups of a part's files, in order, with the span of `columns` in each.
 
     DataError where a footer does not tell.
     """
@@ -62,21 +66,21 @@ def row_groups(inputs: Inputs, part: Part, kind: str, key: str | None = None) ->
         metadata = inputs.file(name).metadata
         at = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
         for number in range(metadata.num_row_groups):
-            group, spans = metadata.row_group(number), []
-            for column in ("sae", key) if key else ("sae",):
+            group, spans = metadata.row_group(number), {}
+            for column in columns:
                 statistics = group.column(at[column]).statistics if column in at else None
                 if statistics is None or not statistics.has_min_max:
                     raise DataError(f"{name}: damaged: row group {number} has no span of {column}")
-                spans.append((statistics.min, statistics.max))
-            found.append(RowGroup(name, number, spans[0], spans[1] if key else (0, 0)))
+                spans[column] = statistics.min, statistics.max
+            found.append(RowGroup(name, number, spans))
     return found
 
 
-def in_runs(groups: Sequence[RowGroup]) -> list[list[RowGroup]]:
-    """Row groups of one SAE cut into runs."""
+def in_runs(groups: Sequence[RowGroup], key: str) -> list[list[RowGroup]]:
+    """Row groups of one part and SAE cut into runs."""
     runs: list[list[RowGroup]] = []
     for group in groups:
-        if runs and runs[-1][-1].keys[1] <= group.keys[0]:
+        if runs and runs[-1][-1].spans[key][1] <= group.spans[key][0]:
             runs[-1].append(group)
         else:
             runs.append([group])

@@ -14,16 +14,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.ledger import DataFileRecord
-from pipelines.merge import (
+from pipelines.merge_files import (
     Cutter,
-    Fault,
     Inputs,
     MergeRule,
     Output,
     Part,
     check_order,
     conformed,
-    no_fault,
     without,
 )
 from pipelines.merge_runs import Budget, Prepare, Run, in_runs, row_groups, windows
@@ -47,7 +45,6 @@ def merge_summaries(
     saes: Sequence[str],
     rule: MergeRule,
     stem: str,
-    fault: Fault = no_fault,
 ) -> dict[str, list[DataFileRecord]]:
     """Merge features, top_contexts, samples (as `sampled_merged`) and saes of some SAEs.
 
@@ -56,10 +53,10 @@ def merge_summaries(
     """
     check_order(parts)
     found = {
-        "features": _by_feature(store, parts, saes, rule, stem, fault, "features", _features),
-        "top_contexts": _by_feature(store, parts, saes, rule, stem, fault, "top_contexts", _top),
-        "sampled_merged": _by_feature(store, parts, saes, rule, stem, fault, "sampled_merged", _samples),
-        "saes": _saes(store, parts, saes, rule, stem, fault),
+        "features": _by_feature(store, parts, saes, rule, stem, "features", _features),
+        "top_contexts": _by_feature(store, parts, saes, rule, stem, "top_contexts", _top),
+        "sampled_merged": _by_feature(store, parts, saes, rule, stem, "sampled_merged", _samples),
+        "saes": _saes(store, parts, saes, rule, stem),
     }
     return {kind: records for kind, records in found.items() if records}
 
@@ -70,7 +67,6 @@ def _by_feature(
     saes: Sequence[str],
     rule: MergeRule,
     stem: str,
-    fault: Fault,
     kind: str,
     reduce: Reduce,
 ) -> list[DataFileRecord]:
@@ -81,20 +77,20 @@ def _by_feature(
     with (
         Inputs(store, inner.names) as merged,
         Inputs(store, without(inner, "hash").names) as own,
-        Output(store, kind, rule, stem, fault) as output,
+        Output(store, kind, rule, stem) as output,
     ):
         found = []
         for part in parts:
             unhashed = sampled and not part.merged
             inputs = own if unhashed else merged
-            groups = row_groups(inputs, part, "sampled_contexts" if unhashed else kind, "feature")
+            groups = row_groups(inputs, part, "sampled_contexts" if unhashed else kind, "sae", "feature")
             found.append((inputs, groups, unhashed))
         cutter = Cutter(output, _ROWS)
         for sae in saes:
             runs = [
                 Run(inputs, run, "feature", _prepare(inner, sae, places if unhashed else None))
                 for inputs, groups, unhashed in found
-                for run in in_runs([group for group in groups if group.saes[0] == sae])
+                for run in in_runs([group for group in groups if group.sae == sae], "feature")
             ]
             for batches in _whole(windows(runs, _BUDGET)):
                 columns = reduce(pa.Table.from_batches(batches).combine_chunks(), rule)
@@ -131,17 +127,19 @@ def _prepare(schema: pa.Schema, sae: str, places: tuple[np.ndarray, np.ndarray] 
 
 
 def _place_hashes(store: Store, parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
-    """(context int64, ascending; place_hash uint64) of units' contexts."""
+    """(context int64, ascending; place_hash uint64) of units' contexts; their files may hold others' too."""
     columns: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int64), np.zeros(0, np.uint64))]
     with Inputs(store, ["context", "place_hash"]) as inputs:
         for part in parts:
-            for name in part.files.get("contexts", ()):
-                for group in range(inputs.file(name).metadata.num_row_groups):
-                    columns.extend(
-                        (batch.column("context").to_numpy(), batch.column("place_hash").to_numpy())
-                        for batch in inputs.batches(name, group, 1 << 16)
-                    )
-            inputs.close()
+            first, stop = (ordinal << LOCAL_BITS for ordinal in part.ordinals)
+            for group in row_groups(inputs, part, "contexts", "context"):
+                lowest, highest = group.spans["context"]
+                if lowest >= stop or highest < first:
+                    continue
+                for batch in inputs.batches(group.file, group.number, 1 << 16):
+                    context, place = (batch.column(name).to_numpy() for name in inputs.columns)
+                    own = slice(*np.searchsorted(context, (first, stop)))
+                    columns.append((context[own], place[own]))
     context, place_hash = (np.concatenate(column) for column in zip(*columns, strict=True))
     return context, place_hash
 
@@ -272,16 +270,16 @@ def _ranks(*columns: np.ndarray) -> np.ndarray:
 
 
 def _saes(
-    store: Store, parts: Sequence[Part], saes: Sequence[str], rule: MergeRule, stem: str, fault: Fault
+    store: Store, parts: Sequence[Part], saes: Sequence[str], rule: MergeRule, stem: str
 ) -> list[DataFileRecord]:
     schema = rule.schema("saes")
-    with Inputs(store, schema.names) as inputs, Output(store, "saes", rule, stem, fault) as output:
+    with Inputs(store, schema.names) as inputs, Output(store, "saes", rule, stem) as output:
         rows: dict[str, list[dict[str, Any]]] = {sae: [] for sae in saes}
         for part in parts:
-            for group in row_groups(inputs, part, "saes"):
-                if group.saes[0] in rows:  # each has a row group of its own
+            for group in row_groups(inputs, part, "saes", "sae"):
+                if group.sae in rows:  # each has a row group of its own
                     for batch in inputs.batches(group.file, group.number, 1 << 10):
-                        _add_saes(rows[group.saes[0]], batch)
+                        _add_saes(rows[group.sae], batch)
             inputs.close()
         for found in rows.values():
             if found:

@@ -43,7 +43,7 @@ from pipelines.selfcheck import other_model
 from pipelines.spec import CorpusSource, Sample, ScanSpec
 from pipelines.unit import device_name
 from sae_runtime import suites
-from sae_runtime.errors import DataError, InputError
+from sae_runtime.errors import InputError
 from sae_runtime.fingerprints import fingerprint
 from sae_runtime.model import ModelSource, load_tokenizer, locate, site_paths, text_config
 from sae_runtime.packing import check_attention
@@ -51,6 +51,27 @@ from sae_runtime.sae import SaeInfo
 from sae_runtime.sites import Site
 
 UNIT_BYTES = {"cpu": 1 << 18, "cuda": 1 << 22}  # of text: some 64 thousand and 1 million tokens
+
+
+class _Suited:
+    """What of the spec suits none of the files of a source that have rows."""
+
+    def __init__(self) -> None:
+        self._files = 0
+        self._unsuited: dict[tuple[str, str], str] = {}  # the first file's words
+
+    def add(self, unsuited: dict[tuple[str, str], str] | None) -> None:
+        if unsuited is None:
+            return
+        if not self._files:
+            self._unsuited = unsuited
+        self._files += 1
+        self._unsuited = {wanted: why for wanted, why in self._unsuited.items() if wanted in unsuited}
+
+    def check(self) -> None:
+        for why in self._unsuited.values():
+            more = f" (nor do the source's {self._files - 1:,} others suit)" if self._files > 1 else ""
+            raise InputError(f"{why}{more}")
 
 
 @dataclass(frozen=True)
@@ -233,6 +254,7 @@ def plan_units(
     layout = _Layout(prepared, plans, live, UNIT_BYTES[torch.device(prepared.device).type])
     for file in files:
         layout.add(file)
+    layout.check_sources()
     current = {(r.corpus, r.path, r.digest, r.settings) for r in layout.records}
     gone = [unit for unit in live if _place(unit) not in current]
     _check_removal(gone, live, {(r.corpus, r.path) for r in layout.records}, allow_removal)
@@ -280,6 +302,7 @@ class _Layout:
         self.records: list[FileRecord] = []
         self.units: list[Unit] = []
         self.types: list[dict[str, str]] = []
+        self.suited = [_Suited() for _ in spec.corpus]
 
     def add(self, file: SourceFile) -> None:
         """Record the next file, reading it unless its size and stamp are known."""
@@ -290,15 +313,17 @@ class _Layout:
         seen = self.known.get((file.corpus, file.path))
         if seen and (seen.size, seen.stamp, seen.settings) == (file.size, file.stamp, settings):
             digest, rows, indexed = seen.digest, seen.rows, None
+            self.suited[file.source].add({})  # it was so when it was indexed
         else:
-            indexed = _index(file, source, self.unit_bytes, 0, limit)
+            indexed = index_file(file, source, self.unit_bytes, 0, limit)
             digest, rows = indexed.digest, indexed.rows
+            self.suited[file.source].add(indexed.unsuited)
         done = self.covered.get((file.corpus, file.path, digest, settings), 0)
         wanted = rows if limit is None else min(rows, limit)
         if done < wanted:
             # Units that exist keep their cuts; rows that a larger `limit` adds are cut from there on.
             if indexed is None or done:
-                indexed = _index(file, source, self.unit_bytes, done, wanted - done)
+                indexed = index_file(file, source, self.unit_bytes, done, wanted - done)
             self._lay(file, indexed, settings)
         if indexed is not None:
             self.types.append(indexed.types)
@@ -307,6 +332,11 @@ class _Layout:
         )
         if limit is not None:
             self.left[file.source] = max(0, limit - rows)
+
+    def check_sources(self) -> None:
+        """InputError naming a key of the spec that suits none of a source's files."""
+        for suited in self.suited:
+            suited.check()
 
     def _lay(self, file: SourceFile, indexed: FileIndex, settings: str) -> None:
         for span in indexed.spans:
@@ -324,16 +354,6 @@ class _Layout:
             )
             self.units.append(self.former.get(unit.unit, unit))
             self.ordinal += unit.unit not in self.former
-
-
-def _index(
-    file: SourceFile, source: CorpusSource, unit_bytes: int, start: int, rows: int | None
-) -> FileIndex:
-    """`index_file`; a file too damaged to be cut into units is wrong input, found before any write."""
-    try:
-        return index_file(file, source, unit_bytes, start, rows)
-    except DataError as error:
-        raise InputError(f"corpus.uri: {error}; mend the file or leave it out") from error
 
 
 def plan_groups(prepared: Prepared, workers: int | None = None) -> list[list[str]]:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from pipelines.contents import Registered, resolve
+from pipelines.contents import Contents, Registered, resolve
 from pipelines.estimate import check_size, estimate
-from pipelines.executors.base import Committed, Event, Executor, Failed, Progress
+from pipelines.executors.base import Attempted, Committed, Event, Executor, Failed, Progress
 from pipelines.executors.inline import InlineExecutor
-from pipelines.heartbeat import Heartbeat, running
-from pipelines.ledger import Commit, Ledger
+from pipelines.failures import Failures
+from pipelines.lease import Lease
+from pipelines.ledger import Ledger
 from pipelines.ordinals import unpack
 from pipelines.planning import (
     Planned,
@@ -33,13 +36,15 @@ from pipelines.planning import (
     plan_units,
     prepare,
 )
+from pipelines.quarantine import Tally
+from pipelines.registry import Unit
 from pipelines.schema import VOCABULARY
 from pipelines.selfcheck import MIN_TOKENS, complaints
 from pipelines.spec import ScanSpec
 from pipelines.storage import Store
 from pipelines.unit import Setup, Work
 from pipelines.vocabulary import vocabulary
-from sae_runtime.errors import InputError, Interrupted
+from sae_runtime.errors import CorpuscopeError, InputError, Interrupted
 from sae_runtime.model import load_tokenizer
 
 
@@ -75,6 +80,7 @@ class Outcome:
     tokens: int  # counted, committed now
     seconds: float
     failed: tuple[Failed, ...]
+    quarantined: int  # documents of the index that could not be scanned, those of earlier runs too
 
 
 Observer = Callable[[Started | Event], None]
@@ -90,38 +96,42 @@ def run_scan(
     scan of the index is running or registered its plan at the same moment.
     """
     with _Session(spec, options) as session:
-        prepared = prepare(spec, session.device)
-        for line in prepared.warnings:
-            notice(line)
         store = Store(spec.index)
         ledger = Ledger(store)
         have = ledger.identity()
-        if have is not None and (other := running(store)):
-            raise Interrupted(
-                f"index {spec.index}: another scan is running (run {other['run']}, process "
-                f"{other['process']} on {other['host']}); run again when it has ended"
+        with Lease(store, notice) as lease:
+            lease.look()
+            prepared = prepare(spec, session.device)
+            for line in prepared.warnings:
+                notice(line)
+            planned, metadata = plan_units(prepared, ledger, spec_text, options.allow_removal)
+            groups = have["groups"] if have else plan_groups(prepared, options.workers)
+            want = identity(prepared, metadata, groups)
+            if have is not None:
+                check_identity(spec.index, have, want)
+            held = None if have is None else resolve(store, Registered(have, planned.plans, planned.units))
+            tally = _tally(spec.index, len(groups), held)
+            tally.check()
+            todo = _Todo(planned, held, len(groups))
+            if options.address is not None and spec.model.device == "auto" and session.device == "cpu":
+                notice(
+                    "note: the cluster has no GPU now, so this scans on CPUs; `model.device: cuda` waits for "
+                    "GPUs"
+                )
+            _name_limits(planned, spec, notice)
+            if not todo.items and not planned.is_new:
+                return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
+            check_size(prepared, planned, estimate(prepared, planned, groups), spec.index)
+            if todo.items:
+                session.connect()
+            lease.take(planned.plan.run)
+            _register(store, ledger, want, planned, prepared)
+            _name_changes(planned, notice)
+            if not todo.items:
+                return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
+            return session.execute(
+                prepared, planned, groups, metadata, todo, observe, ledger, lease, notice, tally
             )
-        planned, metadata = plan_units(prepared, ledger, spec_text, options.allow_removal)
-        groups = have["groups"] if have else plan_groups(prepared, options.workers)
-        want = identity(prepared, metadata, groups)
-        if have is not None:
-            check_identity(spec.index, have, want)
-        todo = _todo(planned, store, have, len(groups))
-        if options.address is not None and spec.model.device == "auto" and session.device == "cpu":
-            notice(
-                "note: the cluster has no GPU now, so this scans on CPUs; `model.device: cuda` waits for GPUs"
-            )
-        _name_limits(planned, spec, notice)
-        if not todo and not planned.is_new:
-            return Outcome(planned.plan.run, 0, 0, 0, 0.0, ())
-        check_size(prepared, planned, estimate(prepared, planned, groups), spec.index)
-        if todo:
-            session.connect()
-        _register(store, ledger, want, planned, prepared)
-        _name_changes(planned, notice)
-        if not todo:
-            return Outcome(planned.plan.run, 0, 0, 0, 0.0, ())
-        return session.execute(prepared, planned, groups, metadata, todo, observe, ledger, notice)
 
 
 class _Session:
@@ -150,12 +160,14 @@ class _Session:
         planned: Planned,
         groups: Sequence[Sequence[str]],
         metadata: dict[str, str],
-        todo: Sequence[tuple[int, int]],
+        todo: _Todo,
         observe: Observer,
         ledger: Ledger,
+        lease: Lease,
         notice: Notice,
+        tally: Tally,
     ) -> Outcome:
-        """Run the (group, ordinal) pairs of `todo`."""
+        """Run what is to be done."""
         by_id = {sae.id: sae for sae in prepared.saes}
         setup = Setup(
             spec=prepared.spec,
@@ -166,81 +178,90 @@ class _Session:
             index=prepared.spec.index,
             templates=prepared.templates,
         )
-        units = {unit.ordinal: unit for unit in planned.units}
         run_of = _runs(planned)
-        items = [
-            Work(unit, group, planned.files[unit.corpus, unit.path], run_of[unit.ordinal])
-            for group, ordinal in todo
-            for unit in [units[ordinal]]
-        ]
-        executor = self._executor(setup, len(items))
+        executor = self._executor(setup, todo.items)
 
-        def share(work: Work) -> float:
-            return prepared.spec.share(work.file.source)
+        def items() -> Iterator[Work]:
+            for group, unit in todo:
+                yield Work(unit, group, planned.files[unit.corpus, unit.path], run_of[unit.ordinal])
 
+        documents = size = 0.0
+        for group, unit in todo:
+            share = prepared.spec.share(planned.files[unit.corpus, unit.path].source)
+            documents += 0 if group else share * unit.documents
+            size += share * unit.bytes
         observe(
             Started(
-                items=len(items),
-                documents=round(sum(share(w) * w.unit.documents for w in items if not w.group)),
-                bytes=round(sum(share(w) * w.unit.bytes for w in items)),
-                items_done=len(planned.units) * len(groups) - len(items),
+                items=todo.items,
+                documents=round(documents),
+                bytes=round(size),
+                items_done=len(planned.units) * len(groups) - todo.items,
                 workers=executor.workers,
                 run=planned.plan.run,
             )
         )
         began = time.monotonic()
-        commits: list[Commit] = []
+        done = [0, 0]  # documents, counted tokens
         failed: list[Failed] = []
-
-        heart = Heartbeat(ledger.store, planned.plan.run, executor.workers)
-        heart.beat({})
+        failures = Failures(ledger.store)
+        given_up: list[Attempted] = []
         flying: dict[str, int] = {}
         checked: set[int] = set()  # SAE groups whose first unit has been looked at
         causes = True  # the likely ones are told once
 
         def watch(event: Event) -> None:
             nonlocal causes
+            lease.check()
             work = event.work
             if isinstance(event, Progress):
                 flying[work.unit.unit] = event.tokens
             else:
                 flying.pop(work.unit.unit, None)
-            heart.beat(flying)
+            lease.note(flying, executor.workers)
             if isinstance(event, Committed) and event.own:
-                commits.append(event.commit)
+                if not work.group:
+                    done[0] += event.commit.documents
+                    done[1] += event.commit.tokens
                 if work.group not in checked and event.commit.tokens >= MIN_TOKENS:
                     checked.add(work.group)
                     told = complaints(setup.groups[work.group], event.measured)
                     for line in told if causes else told[:-1]:
                         notice(line)
                     causes = causes and not told
+            elif isinstance(event, Attempted):
+                failures.add(
+                    work.unit, work.group, event.kind, event.error, event.detail, event.host, event.final
+                )
+                if event.final:
+                    given_up.append(event)
             elif isinstance(event, Failed):
                 failed.append(event)
-                record = {
-                    "unit": work.unit.unit,
-                    "group": work.group,
-                    "source": work.unit.path,
-                    "rows": [work.unit.start, work.unit.stop],
-                    "error": event.error,
-                    "detail": event.detail,
-                    "time": time.time(),
-                }
-                ledger.fail(work.unit.unit, work.group, f"{time.time_ns():x}", record)
             observe(event)
+            if isinstance(event, Committed):
+                tally.add(event.commit)
+                tally.check()
+
+        def close_accounts() -> None:
+            for event in given_up:
+                failures.close(event.work.unit, event.work.group, event.error, event.host)
 
         try:
-            executor.run(items, watch)
+            executor.run(items(), watch, failures.tried())
+        except CorpuscopeError:
+            if not lease.lost:
+                close_accounts()
+            raise
         finally:
             executor.close()
-            heart.beat({}, ended=True)
-        first = [c for c in commits if c.group == 0]
+        close_accounts()
         return Outcome(
             planned.plan.run,
-            len(items),
-            sum(c.documents for c in first),
-            sum(c.tokens for c in first),
+            todo.items,
+            done[0],
+            done[1],
             time.monotonic() - began,
             tuple(failed),
+            tally.quarantined,
         )
 
     def connect(self) -> None:
@@ -274,19 +295,36 @@ class _Session:
         return RayExecutor(setup, min(workers, max(1, items)), self.options.address is None)
 
 
-def _todo(
-    planned: Planned, store: Store, identity: dict[str, Any] | None, groups: int
-) -> list[tuple[int, int]]:
-    """(group, ordinal) pairs without a commit, group by group so that SAEs are loaded once."""
-    left = [unit.ordinal for unit in planned.units]
-    commits: Container[tuple[int, int]] = ()
-    if identity is not None:
-        held = resolve(store, Registered(identity, planned.plans, planned.units))
-        covered, commits = set(held.covered.tolist()), held.commits
-        left = [ordinal for ordinal in left if ordinal not in covered]
-    return [
-        (group, ordinal) for group in range(groups) for ordinal in left if (ordinal, group) not in commits
-    ]
+class _Todo:
+    """(group, unit) pairs without a commit, group by group so that SAEs are loaded once; made as one asks."""
+
+    def __init__(self, planned: Planned, held: Contents | None, groups: int) -> None:
+        self._groups = groups
+        self._units: Sequence[Unit] = planned.units
+        self._done: Container[tuple[int, int]] = ()
+        if held is not None:
+            covered, self._done = set(held.covered.tolist()), held.commits
+            self._units = [unit for unit in planned.units if unit.ordinal not in covered]
+        self.items = sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[tuple[int, Unit]]:
+        for group in range(self._groups):
+            for unit in self._units:
+                if (unit.ordinal, group) not in self._done:
+                    yield group, unit
+
+
+def _tally(index: str, groups: int, held: Contents | None) -> Tally:
+    """What is read and quarantined of the live units that are committed."""
+    if held is None:
+        return Tally(index, groups, ())
+    live = set(held.live.tolist())
+    tally = Tally(index, groups, (c for c in held.commits.values() if c.ordinal in live))
+    inside = held.merged_facts.filter(pc.is_in(held.merged_facts["ordinal"], pa.array(held.live)))
+    quarantined = pc.sum(inside["quarantined"], min_count=0).as_py()
+    tally.quarantined += quarantined
+    tally.read += pc.sum(inside["documents"], min_count=0).as_py() + quarantined
+    return tally
 
 
 def _register(

@@ -6,7 +6,8 @@
     commits/<range>/<unit>.<group>.json    the only truth about data: files with rows, bytes, checksum
     snapshots/000000.json          which merged files stand for which units; manifests/ name those files
     data/<kind>/<unit>.<group>-<attempt>.parquet
-    failures/<unit>.<group>-<attempt>.json
+    failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
+    leases/<term>.json             who may scan; heartbeat.json says that they live
 
 Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit; `token` in activation
 rows is context * context length + position. Dense ordinals keep the position column small (design
@@ -65,8 +66,18 @@ _DOCUMENT_FEATURES = _full(
 )
 VOCABULARY_SCHEMA = pa.schema([("token", pa.int32()), ("text", pa.string()), ("bytes", pa.binary())])
 
-# Per unit and SAE group, except documents, segments and contexts: per unit, written with group 0.
+# Per unit and SAE group, except documents, quarantine, segments and contexts: per unit, with group 0.
 SCHEMAS: dict[str, pa.Schema] = {
+    # Documents that could not be scanned, keyed as if they were in documents.
+    "quarantine": pa.schema(
+        [
+            ("document", pa.int64()),
+            ("source", pa.string()),
+            ("row", pa.int64()),
+            ("id", pa.string()),
+            ("error", pa.string()),
+        ]
+    ),
     # Of conversations only; any other document is one segment of role `text`.
     "segments": pa.schema(
         [
@@ -148,7 +159,7 @@ KINDS = ("documents", *SCHEMAS)
 ROWS = ("activations", "document_features", "by_document")  # of SAEs, merged over many units
 KEYED = ("documents", "segments", "contexts", "quarantine")  # in order of their keys
 # Of a unit in a run, whose summaries stay, and so its contexts, from whose place samples are drawn.
-REPLACED = ("activations", "document_features", "documents", "segments")
+REPLACED = ("activations", "document_features", "documents", "segments", "quarantine")
 SUMMARIES = ("features", "top_contexts", "sampled_contexts", "sampled_merged", "saes")
 
 # What a run still knows of each unit in it.
@@ -158,6 +169,7 @@ UNIT_FACTS = pa.schema(
         ("ordinal", pa.int64()),
         ("run", pa.int32()),
         ("documents", pa.int64()),
+        ("quarantined", pa.int64()),
         ("contexts", pa.int64()),
         ("tokens", pa.int64()),  # counted
         ("started", pa.float64()),  # seconds since 1970, UTC

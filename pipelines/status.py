@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.contents import contents
-from pipelines.heartbeat import running
-from pipelines.ledger import Ledger
+from pipelines.failures import Failure, Failures
+from pipelines.lease import running
 from pipelines.schema import KINDS
 from pipelines.storage import Store
+
+_COUNTS = ("documents", "quarantined", "tokens")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Status:
     failed: int  # tried, given up on, not committed since
     pending: int  # not committed, not failed
     running: int  # of the pending ones, in flight now
+    scan: str | None  # who is at work: run, process, host
     documents: int  # of committed units
     tokens: int  # counted, of committed units
     quarantined: int  # documents
@@ -46,18 +48,18 @@ def status(uri: str) -> Status:
     held = contents(store)
     shown = set(held.shown.tolist())
     open_units = {unit.unit for unit in held.units if unit.ordinal not in shown}
-    failures = sorted(Ledger(store).failures(), key=lambda f: -f["time"])
-    errors = {f["unit"]: _placed(f) for f in reversed(failures) if f["unit"] in open_units}
-    note = running(store)
-    flying = {unit for unit in note["units"] if unit in open_units} if note else set()
+    failures = sorted(Failures(store).last(open_units), key=lambda f: -f.time)
+    errors = {f.unit: _placed(f) for f in failures if f.final}
+    scan = running(store)
+    flying = {unit for unit in scan[1].units if unit in open_units} if scan else set()
     facts = held.facts.filter(pc.is_in(held.facts["ordinal"], pa.array(held.shown)))
-    total = {name: pc.sum(facts[name], min_count=0).as_py() for name in ("documents", "tokens")}
+    total = {name: pc.sum(facts[name], min_count=0).as_py() for name in _COUNTS}
     last = pc.max(facts["finished"]).as_py()
     scans = sum(plan.kind == "scan" for plan in held.plans)
     failed = set(errors) - flying
     return Status(
         index=uri,
-        state="running" if note else "complete" if scans and not open_units else "incomplete",
+        state="running" if scan else "complete" if scans and not open_units else "incomplete",
         runs=scans,
         saes=len(held.identity["saes"]),
         units=len(held.units),
@@ -65,16 +67,17 @@ def status(uri: str) -> Status:
         failed=len(failed),
         pending=len(open_units) - len(failed),
         running=len(flying),
+        scan=scan[0].words if scan else None,
         documents=total["documents"],
         tokens=total["tokens"],
-        quarantined=0,
+        quarantined=total["quarantined"],
         bytes=sum({file.path: file.bytes for kind in KINDS for file in held.files(kind)}.values()),
         last_commit=None if last is None else time.time() - last,
         errors=tuple(dict.fromkeys(errors[unit] for unit in errors if unit in failed)),
     )
 
 
-def _placed(failure: dict[str, Any]) -> str:
+def _placed(failure: Failure) -> str:
     """A failure's error with the file it is about, named once."""
-    error, source = str(failure["error"]), str(failure["source"])
+    error, source = failure.error, failure.source
     return error if error.startswith(source) else f"{source}: {error}"

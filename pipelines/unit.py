@@ -5,15 +5,19 @@ to the model in chunks of the document order and, inside a chunk, in batches of 
 shapes follow from the unit, because a bfloat16 model gives other values for other shapes (measured
 with SmolLM2 on a CPU: halving a batch changed 87 % of them). Right padding needs no mask. Where
 `model.attention` packs, a batch is a row of contexts and chunks end where rows do.
+A document that cannot be scanned keeps its number and, where it has contexts, their numbers and slots, so
+that it changes nothing for its neighbours. Of one that the model cannot run this is known only once it has
+been run: what is left of the unit is then run in search of others, and the unit once more without them.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -23,7 +27,16 @@ import pyarrow as pa
 import torch
 
 from pipelines.background import BackgroundWriter
-from pipelines.chunks import Captured, Placed, PlacedDocument, Room, Sample, capture, chunk_tables
+from pipelines.chunks import (
+    Captured,
+    Placed,
+    PlacedDocument,
+    Room,
+    Sample,
+    capture,
+    chunk_tables,
+    without,
+)
 from pipelines.contexts import (
     Context,
     ContextRule,
@@ -36,9 +49,19 @@ from pipelines.contexts import (
 )
 from pipelines.conversations import Conversations
 from pipelines.corpus import Document, read_documents
+from pipelines.faults import crash
 from pipelines.files import SourceFile, check_unchanged
-from pipelines.ledger import Commit, Ledger
+from pipelines.ledger import Commit, DataFileRecord, Ledger
 from pipelines.partials import Moments, SampledDocuments, write_summary
+from pipelines.quarantine import (
+    MANY,
+    Poisoned,
+    Refused,
+    check_groups,
+    check_unit,
+    culprits_apart,
+    line,
+)
 from pipelines.registry import Unit
 from pipelines.sae_unit import SaeUnit
 from pipelines.schema import LOCAL_MAX, key
@@ -122,21 +145,17 @@ class Scanner:
     def scan(self, work: Work) -> Scanned:
         """Scan, write and commit; the commit that stands may be another attempt's.
 
-        Raises DataError for documents or activations that cannot be processed, and for a file that
-        has changed since it was planned.
+        Raises DataError where too many documents, or not those that other SAE groups refuse, cannot be
+        scanned, and for a file that has changed since it was planned. What is not a document's fault is
+        raised as it is.
         """
+        crash("before-unit")
         self.load(work.group)
         started = time.time()
-        attempt = uuid.uuid4().hex[:8]
-        files = UnitWriter(self.store, work.unit.unit, work.group, attempt, self.setup.metadata)
-        writer = BackgroundWriter(files)
-        scan = _UnitScan(self, work, writer)
-        try:
-            scan.run()
-            records = writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
+        poison: dict[int, str] = {}
+        while (done := self._attempt(work, poison)) is None:
+            pass
+        attempt, scan, records = done
         commit = Commit(
             unit=work.unit.unit,
             ordinal=work.unit.ordinal,
@@ -144,6 +163,8 @@ class Scanner:
             attempt=attempt,
             run=work.run,
             documents=scan.documents,
+            quarantined=len(scan.quarantine),
+            poison=tuple(sorted(poison)),
             contexts=scan.contexts,
             tokens=scan.counted,
             tokens_run=scan.tokens,
@@ -154,11 +175,40 @@ class Scanner:
         )
         crash("before-commit")
         check_unchanged(work.file, work.unit.digest)
+        self._check_groups(commit, work)
         ledger = Ledger(self.store)
-        if ledger.commit(commit):
+        created = ledger.commit(commit)
+        crash("after-commit")
+        if created:
             return Scanned(commit, True, scan.measured())
         [other] = ledger.read_commits([(commit.ordinal, commit.group)])
         return Scanned(other, own=False)
+
+    def _attempt(
+        self, work: Work, poison: dict[int, str]
+    ) -> tuple[str, _UnitScan, dict[str, DataFileRecord]] | None:
+        """Scan and write without the documents of `poison`; None if there are more, which are then in it."""
+        attempt = uuid.uuid4().hex[:8]
+        files = UnitWriter(self.store, work.unit.unit, work.group, attempt, self.setup.metadata)
+        writer = BackgroundWriter(files)
+        scan = _UnitScan(self, work, writer, poison)
+        try:
+            if scan.run():
+                return attempt, scan, writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+        writer.abandon()
+        self.progress(-scan.told[0], -scan.told[1])
+        return None
+
+    def _check_groups(self, commit: Commit, work: Work) -> None:
+        """DataError if another group's commit of the unit has found other documents that cannot be run."""
+        for group in range(len(self.setup.groups)):
+            other = replace(commit, group=group).name
+            if group != commit.group and self.store.exists(other):
+                have = json.loads(self.store.read(other))["poison"]
+                check_groups(work.unit.path, have, commit.poison)
 
     def load(self, group: int) -> None:
         """Have the model and the SAEs of a group ready."""
@@ -181,11 +231,18 @@ class Scanner:
 class _UnitScan:
     """State of one unit's scan."""
 
-    def __init__(self, scanner: Scanner, work: Work, writer: BackgroundWriter) -> None:
+    def __init__(
+        self, scanner: Scanner, work: Work, writer: BackgroundWriter, poison: dict[int, str]
+    ) -> None:
         spec = scanner.setup.spec
         self.s, self.work, self.writer = scanner, work, writer
         self.source = spec.corpus[work.file.source]
-        self.documents = self.contexts = self.counted = self.tokens = 0
+        self.poison = poison  # by row; grows
+        self.known = len(poison)
+        self.read = self.documents = self.contexts = self.counted = self.tokens = 0
+        self.placed = 0  # contexts that have a number, those of poison too
+        self.quarantine: dict[int, Refused] = {}  # by number in the unit
+        self.told = [0, 0]  # documents and tokens of which progress was told
         self.encoded = 0  # counted tokens of the chunks done so far
         infos = scanner.infos
         self.saes = [
@@ -201,7 +258,8 @@ class _UnitScan:
         self.document_columns: list[tuple[Any, ...]] = []
         self.segment_columns: list[tuple[int, int, str, int, int]] = []  # of conversations
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Scan; whether that is done, and not all in vain because of documents that are in `poison` now."""
         kind = torch.device(self.s.setup.device).type
         placed = self._placed()
         held: Placed | None = next(placed, None)
@@ -217,39 +275,79 @@ class _UnitScan:
                 self._chunk(part, before, after, BATCH_TOKENS[kind], held is None)
             except DataError as error:
                 raise DataError(f"{self.work.unit.path} {error}") from error
+            except Poisoned as error:
+                self.poison.update(error.errors)
+                self._check_share(self.work.unit.documents)
             before = part[-1].document.local
+        self._check_share(self.read)
+        if len(self.poison) > self.known:
+            return False
         self._finish()
+        return True
+
+    def _check_share(self, read: int) -> None:
+        """DataError if, of so many documents read, too many cannot be scanned."""
+        errors = {each.row: each.error for each in self.quarantine.values()} | self.poison
+        check_unit(self.work.unit.path, read, list(errors.values()))
 
     def _placed(self) -> Iterator[Placed]:
-        """Contexts in corpus order; every document is entered in `documents` as it passes."""
+        """Contexts in corpus order; every document is entered in `documents` or `quarantine` as it passes."""
         unit = self.work.unit
         rows = read_documents(self.work.file, self.source, self.s.setup.metadata, unit.start, unit.stop)
-        local = 0
         while batch := list(islice(rows, _TOKENIZE)):
-            for read, (ids, segments) in zip(batch, self._tokenized(batch), strict=True):
-                metadata = dict(zip(self.source.metadata, read.metadata, strict=True))
-                document = PlacedDocument(self.documents, read.row, read.id, metadata, ids)
-                windows = contexts(ids, self.s.rule, segments)
-                if read.messages is not None:
-                    self._enter_segments(document, segments)
-                self._enter(document, windows)
-                for window in windows:
-                    yield Placed(local, document, window)
-                    local += 1
+            readable = [row for row in batch if isinstance(row, Document)]
+            tokenized = iter(culprits_apart(self._tokenized, readable))
+            for row in batch:
+                number = self.read
+                self.read += 1
+                self.sampled.enter(row.row)
+                if isinstance(row, Refused):
+                    self.quarantine[number] = row
+                    continue
+                found = next(tokenized)
+                if isinstance(found, BaseException):
+                    self.quarantine[number] = Refused(row.row, line(found), row.id)
+                    continue
+                yield from self._contexts(number, row, *found)
 
-    def _tokenized(self, batch: list[Document]) -> Iterator[tuple[np.ndarray, tuple[Segment, ...]]]:
+    def _contexts(
+        self, number: int, row: Document, ids: np.ndarray, segments: tuple[Segment, ...]
+    ) -> Iterator[Placed]:
+        """A document's contexts, harmless ones where the model cannot run it."""
+        metadata = dict(zip(self.source.metadata, row.metadata, strict=True))
+        document = PlacedDocument(number, row.row, row.id, metadata, ids)
+        windows = contexts(ids, self.s.rule, segments)
+        if max(self.read, self.placed + len(windows)) >= LOCAL_MAX:
+            unit = self.work.unit
+            raise DataError(
+                f"{unit.path} rows {unit.start} to {unit.stop}: more than {LOCAL_MAX:,} contexts in one "
+                "unit; split the longest documents or raise context.length"
+            )
+        if row.row in self.poison:
+            windows = [without(window) for window in windows]
+            self.quarantine[number] = Refused(row.row, self.poison[row.row], row.id)
+        else:
+            if row.messages is not None:
+                self._enter_segments(document, segments)
+            self._enter(document, windows)
+        for window in windows:
+            yield Placed(self.placed, document, window)
+            self.placed += 1
+
+    def _tokenized(self, batch: list[Document]) -> list[tuple[np.ndarray, tuple[Segment, ...]]]:
         """Token ids of each document, without a BOS of its own, and their segments."""
         rule = self.s.rule
         if self.source.messages is None:
-            for ids in tokenize(self.s.tokenizer, [document.text for document in batch]):
-                ids = strip_bos(ids, rule)
-                yield ids, plain_segments(ids)
-            return
+            texts = [document.text for document in batch]
+            bare = [strip_bos(ids, rule) for ids in tokenize(self.s.tokenizer, texts)]
+            return [(ids, plain_segments(ids)) for ids in bare]
         template = self.s.setup.templates[self.work.file.source]
         assert template is not None
-        for tokens in self.s.conversations[template].tokenize(batch, self.work.unit.path):
+        found = []
+        for tokens in self.s.conversations[template].tokenize(batch):
             ids = strip_bos(tokens.ids, rule)
-            yield ids, tokens.segments(len(tokens.ids) - len(ids))
+            found.append((ids, tokens.segments(len(tokens.ids) - len(ids))))
+        return found
 
     def _enter_segments(self, document: PlacedDocument, segments: tuple[Segment, ...]) -> None:
         number = key(self.work.unit.ordinal, document.local)
@@ -272,19 +370,15 @@ class _UnitScan:
                 *own,
             )
         )
-        self.sampled.enter(document.row)
         self.documents += 1
         self.contexts += len(windows)
         self.counted += counted
-        if max(self.documents, self.contexts) >= LOCAL_MAX:
-            raise DataError(
-                f"{unit.path} rows {unit.start} to {unit.stop}: more than {LOCAL_MAX:,} contexts in one "
-                "unit; split the longest documents or raise context.length"
-            )
 
     def _chunk(self, part: list[Placed], before: int, after: int, batch_tokens: int, last: bool) -> None:
         chunk = chunk_tables(part, before, after, self.work.unit)
         x, samples = self._capture(part, chunk, batch_tokens)
+        if len(self.poison) > self.known:
+            return  # only in search of others
         ordinal = self.work.unit.ordinal
         keys = (chunk.context.astype(np.int64) + key(ordinal)) * self.s.rule.length + chunk.position
 
@@ -306,7 +400,9 @@ class _UnitScan:
         self._write_contexts(part, chunk)
         self.tokens += sum(len(p.context.tokens) for p in part)
         first = part[0].document.local + (part[0].document.local == before)
-        self.s.progress(part[-1].document.local + 1 - first, len(chunk.context))
+        documents = part[-1].document.local + 1 - first
+        self.told = [self.told[0] + documents, self.told[1] + len(chunk.context)]
+        self.s.progress(documents, len(chunk.context))
 
     def _capture(
         self, part: list[Placed], chunk: Chunk, batch_tokens: int
@@ -317,7 +413,10 @@ class _UnitScan:
         sampled = numbers[(numbers + self.encoded) % SAMPLE_EVERY == 0]
         only_targets = dict.fromkeys(self.s.targets - self.s.reads, sampled)
         limit = self.s.setup.spec.context.norm_above
-        found = capture(self.s.model, part, chunk, batch_tokens, limit, only_targets, self.s.batch_threads)
+        # As many as make the unit fail, and no more: each takes a batch of its own.
+        enough = max(MANY, self.work.unit.documents // 10 + 1) - len(self.poison)
+        threads = self.s.batch_threads
+        found = capture(self.s.model, part, chunk, batch_tokens, limit, only_targets, threads, enough)
         x = {site: at.finished(self.s.model.taps[site].finish) for site, at in found.items()}
         samples: dict[tuple[Site, Site | None], Sample] = {}
         for (site, out), moments in self.moments.items():
@@ -345,7 +444,8 @@ class _UnitScan:
         )
 
     def _write_contexts(self, part: list[Placed], chunk: Chunk) -> None:
-        if self.work.group:
+        part = [p for p in part if p.document.local not in self.quarantine]
+        if self.work.group or not part:
             return
         ordinal = self.work.unit.ordinal
         lengths = np.array([len(p.context.tokens) for p in part])
@@ -361,7 +461,7 @@ class _UnitScan:
                 "first": [p.context.first for p in part],
                 "tokens": windows_column(tokens, starts, lengths, pa.int32()),
                 "counted": windows_column(counted, starts, lengths, pa.bool_()),
-                "place_hash": chunk.place,
+                "place_hash": chunk.place[[p.local - chunk.first for p in part]],
             },
         )
 
@@ -375,7 +475,13 @@ class _UnitScan:
         if not self.work.group:
             self._write_rows("documents", self.document_columns)
             self._write_rows("segments", self.segment_columns)
-        if not self.contexts:  # there was no last chunk
+            path, ordinal = self.work.unit.path, self.work.unit.ordinal
+            refused = [
+                (key(ordinal, local), path, each.row, each.id, each.error)
+                for local, each in self.quarantine.items()
+            ]
+            self._write_rows("quarantine", refused)
+        if not self.placed:  # there was no last chunk
             for sae in self.saes:
                 self._submit_summary(sae)
 
@@ -400,12 +506,3 @@ class _UnitScan:
 def device_name(device: str) -> str:
     """The kind of device, with the GPU's model where it is in this machine."""
     return torch.cuda.get_device_name(device) if device == "cuda" and torch.cuda.is_available() else device
-
-
-def crash(point: str) -> None:
-    """Fault point for tests: end the process at once if $CORPUSCOPE_CRASH names this point.
-
-    A real scan never sets it; the process ends as SIGKILL would end it, without clean-up.
-    """
-    if os.environ.get("CORPUSCOPE_CRASH") == point:
-        os._exit(137)

@@ -21,6 +21,9 @@ CREATE VIEW vocabulary AS SELECT token, text, bytes FROM $vocabulary;
 CREATE VIEW documents AS
 SELECT document, id, corpus, source, row, run, n_tokens$metadata FROM $documents;
 
+-- Documents that could not be scanned. Of a file that cannot be read on, the row is the first unreadable one.
+CREATE VIEW quarantine AS SELECT source, row, id, error FROM $quarantine;
+
 CREATE VIEW segments AS
 SELECT document, segment, role, start, stop FROM $segments
 UNION ALL

@@ -6,6 +6,14 @@ allowed to turn an exception into an exit code.
 
 from __future__ import annotations
 
+# Modules whose errors are of the network or of a store; errors of theirs are not all OSErrors.
+_REMOTE = {"aiobotocore", "aiohttp", "asyncio", "azure", "botocore", "fsspec", "gcsfs", "google", "requests",
+           "s3fs", "urllib3"}  # fmt: skip
+_DEVICE = {"OutOfMemoryError", "AcceleratorError", "OutOfResources"}  # classes of torch and triton
+_SIGNS = ("out of memory", "can't allocate memory", "cuda error", "hip error", "cublas", "cudnn", "cusolver",
+          "nccl", "device-side assert", "cuda driver")  # fmt: skip
+QUARANTINED = 3  # exit code: done, and some documents could not be scanned
+
 
 class CorpuscopeError(Exception):
     """Something failed that a person must know about; the message is a single line."""
@@ -34,3 +42,17 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     text = text or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def is_infrastructure(error: BaseException) -> bool:
+    """Whether memory, a device, storage or the network is at fault, and so never a document.
+
+    Told by names and texts: this file is imported where torch is not.
+    """
+    if isinstance(error, (MemoryError, OSError)):
+        return True
+    kinds = type(error).__mro__
+    if any(kind.__name__ in _DEVICE or kind.__module__.split(".")[0] in _REMOTE for kind in kinds):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)

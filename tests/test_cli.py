@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import os
@@ -246,31 +245,21 @@ def test_a_file_that_only_says_it_is_gguf(tmp_path: Path, write_spec: Any, refus
         assert f"model.uri: cannot read {tmp_path / 'm.gguf'}" in line
 
 
-def test_a_corpus_file_too_damaged_to_plan(
-    tmp_path: Path, write_spec: Any, refused: Any, tiny_corpus: Path
-) -> None:
-    data = gzip.compress((tiny_corpus / "part_00.jsonl").read_bytes())
-    (tmp_path / "a.jsonl.gz").write_bytes(data[:-20])
-    line = refused(write_spec(tmp_path, corpus={"uri": "a.jsonl.gz"}))
-    assert "corpus.uri: a.jsonl.gz: damaged" in line
-    assert "cut short" in line
-
-
 # --- scan: what goes wrong on the way
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b'{"id": oops\n', "row 1: not JSON"),
+        (b'{"id": oops\n', "not JSON"),
         (
             b'{"id": "x", "text": null, "lang": "en", "score": 1.0, "even": true}\n',
-            "row 1: text column 'text'",
+            "text column 'text' is None",
         ),
-        (b'{"id": "x", "text": "\xff\xfe"}\n', "row 1: not UTF-8"),
+        (b'{"id": "x", "text": "\xff\xfe"}\n', "not UTF-8"),
     ],
 )
-def test_a_bad_row_fails_its_unit_alone_and_mending_it_completes(
+def test_a_bad_row_is_quarantined_and_mending_it_indexes_it(
     tmp_path: Path, write_spec: Any, corpuscope: Any, tiny_corpus: Path, line: bytes, words: str
 ) -> None:
     for i in (0, 1, 2):
@@ -281,24 +270,26 @@ def test_a_bad_row_fails_its_unit_alone_and_mending_it_completes(
     bad.write_bytes(b"".join([first, line, *rest]))
     spec = write_spec(tmp_path, corpus={"uri": "part_*.jsonl"})
     done = corpuscope("scan", spec, "--executor", "inline")
-    assert done.code == 1, done.err
+    assert done.code == 3, done.err
+    index = tmp_path / "index"
     last = done.err.splitlines()[-1]
-    assert last.startswith("error: 1 of 3 units failed, the first at part_01.jsonl: ")
-    assert words in last
-    status = corpuscope("status", tmp_path / "index", "--format", "json").rows[0]
-    assert (status["state"], status["committed"], status["failed"]) == ("incomplete", 2, 1)
-    assert words in status["errors"][0]
-    assert words in corpuscope("status", tmp_path / "index").out
+    assert last.startswith("1 document could not be scanned, everything else is indexed: ")
+    assert f'corpuscope sql {index} "SELECT * FROM quarantine"' in last
+    (row,) = corpuscope("sql", index, "SELECT * FROM quarantine", "--format", "json").rows
+    assert list(row) == ["source", "row", "id", "error"]
+    assert (row["source"], row["row"]) == ("part_01.jsonl", 1)
+    assert words in row["error"]
+    status = corpuscope("status", index, "--format", "json").rows[0]
+    assert (status["state"], status["failed"], status["quarantined"]) == ("complete", 0, 1)
+    assert "1 quarantined" in corpuscope("status", index).out
+    again = corpuscope("scan", spec, "--executor", "inline")
+    assert again.code == 3, again.err
+    assert [text.split(":")[0] for text in again.err.splitlines()] == ["nothing to scan", last.split(":")[0]]
     bad.write_bytes(good)
     done = corpuscope("scan", spec, "--executor", "inline")
     assert done.code == 0, done.err
-    status = corpuscope("status", tmp_path / "index", "--format", "json").rows[0]
-    assert (status["state"], status["committed"], status["failed"], status["errors"]) == (
-        "complete",
-        3,
-        0,
-        [],
-    )
+    status = corpuscope("status", index, "--format", "json").rows[0]
+    assert (status["state"], status["committed"], status["quarantined"]) == ("complete", 3, 0)
 
 
 def test_changed_settings_are_named_one_by_one(

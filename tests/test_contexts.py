@@ -282,7 +282,7 @@ def test_without_bos_the_first_position_is_not_counted(
 # --- damage
 
 
-def test_nan_in_the_model_names_site_and_document(
+def test_nan_in_the_model_quarantines_the_document_and_names_the_site(
     tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any], tiny_model: Path,
 ) -> None:  # fmt: skip
     model = tmp_path / "model"
@@ -299,10 +299,10 @@ def test_nan_in_the_model_names_site_and_document(
         tmp_path, corpus={"uri": "c/*.jsonl", "id": None, "metadata": []}, model={"uri": str(model)}
     )
     outcome = scan_inline(spec)
-    assert len(outcome.failed) == 1
-    error = outcome.failed[0].error
-    assert "a.jsonl row 1" in error
-    assert "model.layers.1." in error
-    assert "\n" not in error
-    shown = fetch(tmp_path / "index", "SELECT source FROM documents")
-    assert shown == [{"source": "b.jsonl"}], "the other unit is there, nothing of this one"
+    assert not outcome.failed
+    (found,) = fetch(tmp_path / "index", "SELECT source, row, error FROM quarantine")
+    assert (found["source"], found["row"]) == ("a.jsonl", 1)
+    assert "model.layers.1." in found["error"]
+    assert "not finite" in found["error"]
+    shown = fetch(tmp_path / "index", "SELECT source, row FROM documents ORDER BY ALL")
+    assert [(d["source"], d["row"]) for d in shown] == [("a.jsonl", 0), ("a.jsonl", 2), ("b.jsonl", 0)]

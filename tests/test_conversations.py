@@ -28,6 +28,7 @@ from pipelines.conversations import Conversations, Tokens, template_text
 from pipelines.corpus import Document, index_file, read_documents
 from pipelines.files import list_files
 from pipelines.messages import conversation
+from pipelines.quarantine import Refused
 from pipelines.spec import CorpusSource
 from sae_runtime.errors import DataError, InputError
 
@@ -124,9 +125,7 @@ def messages(turns: Turns) -> list[dict[str, Any]]:
 
 
 def tokens(tokenizer: Any, template: str, given: list[dict[str, Any]]) -> Tokens:
-    (found,) = Conversations(tokenizer, template).tokenize(
-        [Document(7, None, "", (), conversation(given))], "a.jsonl"
-    )
+    (found,) = Conversations(tokenizer, template).tokenize([Document(7, None, "", (), conversation(given))])
     return found
 
 
@@ -276,7 +275,7 @@ def test_templates_that_cut_thoughts_out() -> None:
 
 def test_a_template_that_rewrites_contents_is_refused() -> None:
     turned = "{% for m in messages %}{{ m['content'] | reverse }}{% endfor %}"
-    with pytest.raises(DataError, match=r"a\.jsonl: row 7: the chat template changes the text"):
+    with pytest.raises(DataError, match=r"^the chat template changes the text"):
         tokens(made("bytes"), turned, messages([("user", "abc")]))
 
 
@@ -384,9 +383,7 @@ def test_a_tokenizer_that_makes_special_tokens_of_characters_is_refused() -> Non
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="END")
     template = "{% for m in messages %}{{ m['content'] }} END{% endfor %}"
     assert tokens(tokenizer, template, messages([("user", "hi")])).ids.tolist() == [1, 2]
-    with pytest.raises(
-        DataError, match="row 7: a message spells the special token END, which this tokenizer"
-    ):
+    with pytest.raises(DataError, match=r"^a message spells the special token END, which this tokenizer"):
         tokens(tokenizer, template, messages([("user", "hi END")]))
 
 
@@ -445,13 +442,21 @@ ROWS = [
 ]
 
 
-def read(path: Path, **more: Any) -> list[Document]:
+def rows_read(path: Path, **more: Any) -> list[Document | Refused]:
     source = CorpusSource(uri=str(path), **{"messages": "turns", **more})
     (file,) = list_files([source])
     found = index_file(file, source, 1 << 20)
     return [
         d for span in found.spans for d in read_documents(file, source, found.types, span.start, span.stop)
     ]
+
+
+def read(path: Path, **more: Any) -> list[Document]:
+    """All rows, each of which is a document."""
+    rows = rows_read(path, **more)
+    found = [row for row in rows if isinstance(row, Document)]
+    assert found == rows
+    return found
 
 
 def test_formats_give_the_same_messages(tmp_path: Path) -> None:
@@ -501,30 +506,31 @@ def test_sharegpt_roles() -> None:
     ([{"role": "user", "content": [{"type": "text"}]}], "which has no text"),
     ([{"role": "user", "content": "\ud800"}], "which is not Unicode text"),
 ])  # fmt: skip
-def test_rows_that_are_no_conversations_name_file_row_and_what(
-    tmp_path: Path, value: Any, words: str
-) -> None:
+def test_rows_that_are_no_conversations_are_refused(tmp_path: Path, value: Any, words: str) -> None:
     tiny_rows = [{"turns": ROWS[0]}, {"turns": value}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows))
-    with pytest.raises(DataError) as caught:
-        read(tmp_path / "a.jsonl")
-    assert str(caught.value).startswith(f"{tmp_path / 'a.jsonl'}".rsplit("/", 1)[1] + ": row 1: ")
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
+    first, second = rows_read(tmp_path / "a.jsonl")
+    assert isinstance(first, Document)
+    assert isinstance(second, Refused)
+    assert second.row == 1
+    assert words in second.error
+    assert "\n" not in second.error
 
 
 def test_a_missing_column_and_a_column_of_another_type(tmp_path: Path) -> None:
     tiny.write_rows(tmp_path / "a.jsonl", [{"turns": ROWS[0]}, {"other": 1}])
-    with pytest.raises(DataError, match="row 1: messages column 'turns' is missing"):
-        read(tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match=r"corpus\.messages: no column 'chat'"):
-        read(tmp_path / "a.jsonl", messages="chat")
+    assert rows_read(tmp_path / "a.jsonl")[1] == Refused(1, "messages column 'turns' is missing")
     pq.write_table(pa.table({"turns": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"corpus\.messages: column 'turns' of a\.parquet is of type int64"):
-        read(tmp_path / "a.parquet")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(InputError, match=r"corpus\.messages: a\.txt is a text file"):
-        read(tmp_path / "a.txt")
+    for name, column, words in (
+        ("a.jsonl", "chat", "corpus.messages: no column 'chat'"),
+        ("a.parquet", "turns", "corpus.messages: column 'turns' of a.parquet is of type int64"),
+        ("a.txt", "turns", "corpus.messages: a.txt is a text file"),
+    ):
+        source = CorpusSource(uri=str(tmp_path / name), messages=column)
+        unsuited = index_file(list_files([source])[0], source, 1).unsuited
+        assert unsuited is not None
+        assert unsuited["messages", column].startswith(words)
 
 
 def test_a_message_that_only_calls_a_tool_needs_no_content() -> None:
@@ -576,8 +582,8 @@ def test_templates_that_are_not_there_or_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("turns", [[("system", "x"), ("user", "y")], [("user", "x"), ("user", "y")]])
-def test_what_a_template_refuses_names_the_row(turns: Turns) -> None:
-    with pytest.raises(DataError, match=r"a\.jsonl: row 7: the chat template refuses it: (System|Roles)"):
+def test_what_a_template_refuses_is_said(turns: Turns) -> None:
+    with pytest.raises(DataError, match=r"^the chat template refuses it: (System|Roles)"):
         tokens(made("gemma"), GEMMA, messages(turns))
 
 
@@ -768,14 +774,18 @@ def test_auto_is_the_tokenizers_template_and_the_estimate_counts_it(
     assert roles == [("assistant",), ("system",), ("template",), ("user",)]
 
 
-def test_a_row_that_a_template_refuses_fails_its_unit(
+def test_a_row_that_a_template_refuses_is_quarantined(
     tmp_path: Path, tiny_model: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any]
 ) -> None:
-    rows = [[("user", "x")], [("system", "x"), ("user", "y")]]
+    rows = [[("user", "x")], [("system", "x"), ("user", "y")], [("user", "z")]]
     tiny.write_rows(tmp_path / "a.jsonl", [{"turns": messages(row)} for row in rows])
     (tmp_path / "g.jinja").write_text(GEMMA)
     corpus = {"uri": "a.jsonl", "messages": "turns", "template": "g.jinja", "id": None, "metadata": []}
     outcome = scan_inline(write_spec(tmp_path, corpus=corpus))
-    assert [f.error for f in outcome.failed] == [
-        "a.jsonl: row 1: the chat template refuses it: System role not supported"
+    assert not outcome.failed
+    assert (outcome.documents, outcome.quarantined) == (2, 1)
+    index = tmp_path / "index"
+    assert rows_of(index, "SELECT source, row, id, error FROM quarantine") == [
+        ("a.jsonl", 1, None, "the chat template refuses it: System role not supported")
     ]
+    assert rows_of(index, "SELECT row FROM documents ORDER BY row") == [(0,), (2,)]

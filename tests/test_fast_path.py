@@ -26,6 +26,7 @@ import sae_runtime
 from pipelines.background import BackgroundWriter
 from pipelines.chunks import Captured, Placed, PlacedDocument, capture, chunk_tables
 from pipelines.contexts import Context
+from pipelines.quarantine import Poisoned
 from pipelines.registry import Unit
 from pipelines.writer import UnitWriter
 from sae_runtime import fused, reference, screen
@@ -299,13 +300,18 @@ def test_activations_come_back_in_the_corpus_order(threads: int, budget: int) ->
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_the_first_document_that_is_not_finite_is_named(threads: int, bad: float) -> None:
-    """It is in the second of several batches, or not in the first document; uncounted tokens say nothing."""
+def test_every_document_that_is_not_finite_is_named(threads: int, bad: float) -> None:
+    """They are in several batches or share one with others; uncounted tokens say nothing."""
     pool = Threads(threads)
     for budget in (4, 6, 100):
         part, chunk = a_part(CONTEXTS, lambda token: token != 1)
-        with pytest.raises(DataError, match=r"^row 13: activations at at\.mlp_in are not finite in torch"):
+        with pytest.raises(Poisoned) as caught:
             capture(cast("Any", Model(bad)), part, chunk, budget, None, {}, pool)
+        assert sorted(caught.value.errors) == [13, 16]
+        assert all(e.startswith("activations at at.mlp_in are not") for e in caught.value.errors.values())
+        with pytest.raises(Poisoned) as caught:
+            capture(cast("Any", Model(bad)), part, chunk, budget, None, {}, pool, enough=1)
+        assert len(caught.value.errors) == 1
         part, chunk = a_part(CONTEXTS, lambda token: token != 7)
         found = capture(cast("Any", Model(bad)), part, chunk, budget, None, {}, pool)
         assert torch.isfinite(found[READ].x).all()

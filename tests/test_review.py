@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 
 import duckdb
 import pytest
 
 import queries
-from pipelines import heartbeat
 from pipelines.planning import _Layout
 from pipelines.scan import Started
 from pipelines.status import status
-from pipelines.storage import Store
-from sae_runtime.errors import InputError, Interrupted
+from sae_runtime.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -85,27 +81,6 @@ def test_a_file_that_changes_after_planning_is_not_committed(tmp_path, write_spe
     assert not scan_inline(spec).failed
     text = "SELECT context_text(context) FROM contexts"
     assert "uno due" in queries.connect(str(tmp_path / "index")).sql(text).fetchall()[0][0]
-
-
-def test_a_second_scan_of_a_running_index_stops_and_a_dead_one_is_no_obstacle(
-    tmp_path, write_spec, scan_inline
-):
-    spec = write_spec(tmp_path)
-    scan_inline(spec)
-    store = Store(str(tmp_path / "index"))
-    heartbeat.Heartbeat(store, 1, 1).beat({})
-    with pytest.raises(Interrupted, match="another scan is running"):
-        scan_inline(spec)
-    note = json.loads(store.read(heartbeat.NAME))
-    assert note["process"] == os.getpid()
-    dead = os.fork()
-    if dead == 0:
-        os._exit(0)
-    time.sleep(0.2)
-    for changed in ({"process": dead}, {"host": "elsewhere", "time": time.time() - 3600}):
-        store.write(heartbeat.NAME, json.dumps(note | changed).encode())
-        assert scan_inline(spec).items == 0
-    os.waitpid(dead, 0)
 
 
 def test_other_order_of_sources_reorders_ties_without_scanning(

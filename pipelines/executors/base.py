@@ -1,18 +1,22 @@
 """What an executor is: it takes work, tries each item, and reports what happens.
 
-Invariant: executors know neither plans nor retries across runs; a report of `Committed` means that the
-commit object stands in the index, whoever wrote it.
+Invariant: executors decide nothing about retries themselves, `pipelines.scheduler` does; a report of
+`Committed` means that the commit object stands in the index, whoever wrote it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from pipelines.ledger import Commit
+from pipelines.scheduler import Attempt, Item, Kind, Scheduler, Tried, Verdict
 from pipelines.selfcheck import Measured
 from pipelines.unit import Work
+from sae_runtime.errors import Interrupted
+
+W = TypeVar("W", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,18 @@ class Committed:
 
 
 @dataclass(frozen=True)
+class Attempted:
+    """An attempt failed. `final`: the item is not tried again by this scan."""
+
+    work: Work
+    kind: Kind
+    error: str  # one line
+    detail: str  # the traceback if it was unexpected
+    host: str
+    final: bool
+
+
+@dataclass(frozen=True)
 class Failed:
     """An item was given up on. `error` is one line, `detail` the traceback if it was unexpected."""
 
@@ -43,7 +59,7 @@ class Failed:
     detail: str = ""
 
 
-Event = Progress | Committed | Failed
+Event = Progress | Committed | Attempted | Failed
 Observer = Callable[[Event], None]
 
 
@@ -52,8 +68,67 @@ class Executor(Protocol):
 
     workers: int
 
-    def run(self, items: Sequence[Work], observe: Observer) -> None:
-        """Try every item once or more; returns when each was reported Committed or Failed."""
+    def run(
+        self, items: Iterable[Work], observe: Observer, tried: Mapping[Hashable, Tried] | None = None
+    ) -> None:
+        """Try every item once or more; returns when each was reported Committed or Failed.
+
+        `items` are made as they are needed; `tried` are failures on record by (unit, group). Raises
+        InputError when workers cannot start, Interrupted when memory or a GPU fails too often.
+        """
 
     def close(self) -> None:
         """Let go of everything that was started here."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an attempt failed."""
+
+    kind: Kind
+    error: str  # one line
+    detail: str = ""
+    hopeless: bool = False  # it would fail again
+
+
+def queue(items: Iterable[Work]) -> Iterator[Item[Work]]:
+    """Work as the scheduler takes it."""
+    for work in items:
+        yield Item((work.unit.unit, work.group), work.unit.bytes, work.group, work)
+
+
+def report_failure(
+    scheduler: Scheduler[Work, W],
+    attempt: Attempt[Work, W],
+    reason: Reason,
+    host: str,
+    now: float,
+    observe: Observer,
+) -> Verdict:
+    """Tell the scheduler and the observer of a failed attempt. Interrupted where the scan has to stop."""
+    work = attempt.item.payload
+    verdict = scheduler.failed(attempt.number, reason.kind, now, reason.hopeless)
+    if verdict.action == "ignored":
+        return verdict
+    final = verdict.action in ("given_up", "stop")
+    observe(Attempted(work, reason.kind, reason.error, reason.detail, host, final))
+    times = verdict.tried.total
+    if verdict.action == "given_up":
+        error = reason.error if reason.hopeless or times == 1 else f"{reason.error} ({times} attempts)"
+        observe(Failed(work, error, reason.detail))
+    elif verdict.action == "stop":
+        raise exhausted(work, reason.error, times)
+    return verdict
+
+
+def exhausted(work: Work, error: str, times: int) -> Interrupted:
+    """What to say when memory or a GPU fails: never that batches be smaller, as values would change."""
+    often = f"{times} times " if times > 1 else ""
+    if "memory" in error.lower():
+        remedy = "take fewer --workers, a machine with more memory, or fewer SAEs in an index of their own"
+    else:
+        remedy = "see what the machine's log says of it, or take another machine"
+    return Interrupted(
+        f"{work.unit.path} rows {work.unit.start:,} to {work.unit.stop:,}: failed {often}on {error}; "
+        f"{remedy}, and run again; committed units stay"
+    )

@@ -1,0 +1,331 @@
+"""Compaction and gc: the rows that are read never change, whatever is merged, removed, killed or dropped.
+
+The undisturbed index is `tiny_index` (24 units, all as they were committed). FAN is lowered, so that 24 units
+make two levels of tiers and a full compaction above them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+import queries
+from pipelines import compaction, contents, gc, snapshots
+from pipelines.storage import Store
+
+ROOT = Path(__file__).parent.parent
+UNITS = 24
+
+
+@pytest.fixture(autouse=True)
+def _small_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compaction, "FAN", 4)
+
+
+@pytest.fixture
+def index(tmp_path: Path, tiny_index: Path) -> Path:
+    """A copy of the undisturbed index."""
+    return Path(shutil.copytree(tiny_index, tmp_path / "index"))
+
+
+@pytest.fixture(scope="session")
+def wanted(tiny_index: Path) -> dict[str, list[tuple[Any, ...]]]:
+    return tiny.views(tiny_index)
+
+
+def same(index: Path | str, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
+    assert not tiny.differences(wanted, tiny.views(index))
+
+
+def files(index: Path, kind: str) -> list[str]:
+    found = contents.contents(Store(str(index)))
+    return [record.path for record in found.files(kind)]
+
+
+def test_compact_then_gc_changes_no_row(index: Path, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
+    store = Store(str(index))
+    before = contents.contents(store).facts.sort_by("ordinal")
+    done = compaction.compact(store)
+    assert (done.runs, done.nodes) == (8, 8)  # six of level 1, one of level 2, one of everything
+    same(index, wanted)
+    for kind in ("activations", "by_document", "documents", "features", "top_contexts", "sampled_merged"):
+        assert len(files(index, kind)) == 1, kind
+    assert files(index, "sampled_contexts") == []
+    assert contents.contents(store).facts.sort_by("ordinal").equals(before)
+    assert compaction.compact(store) == compaction.Done()
+
+    kept = gc.collect(store)  # what was replaced may still be read by somebody
+    assert (kept.removed, kept.retired) == (0, 0)
+    assert kept.waiting > 100
+    gone = gc.collect(store, readers=0, unfinished=0)
+    assert (gone.removed, gone.bytes) == (kept.waiting, kept.waiting_bytes)
+    same(index, wanted)
+    assert gc.collect(store, 0, 0) == gc.Collected(0, 0, 0, 0, 0)
+
+
+def test_a_features_rows_and_a_documents_rows_lie_together(index: Path) -> None:
+    compaction.compact(Store(str(index)))
+    [path] = files(index, "activations")
+    table = pq.read_table(index / path, columns=["sae", "feature", "token"]).to_pylist()
+    keys = [(row["sae"], row["feature"], row["token"]) for row in table]
+    saes = list(dict.fromkeys(sae for sae, _, _ in keys))
+    assert keys == sorted(keys, key=lambda key: (saes.index(key[0]), *key[1:]))
+    [path] = files(index, "by_document")
+    documents = [row["document"] for row in pq.read_table(index / path, columns=["document"]).to_pylist()]
+    assert documents == sorted(documents)
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "merge-file:3",
+        "merge-file:9",
+        "compact-files:2",
+        "compact-manifest:1",
+        "compact-manifest:2",
+        "compact-published:1",
+        "compact-published:4",
+    ],
+)
+def test_killed_at_any_point_compaction_harms_nothing(
+    index: Path, wanted: dict[str, list[tuple[Any, ...]]], point: str
+) -> None:
+    code = (
+        "import sys; from pipelines import compaction; from pipelines.storage import Store;"
+        "compaction.FAN = 4; compaction.compact(Store(sys.argv[1]))"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(index)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "CORPUSCOPE_CRASH": point},
+    )  # fmt: skip
+    assert killed.returncode == 137, killed.stderr
+    same(index, wanted)
+    store = Store(str(index))
+    gc.collect(store, 0, 0)
+    same(index, wanted)
+    compaction.compact(store)
+    same(index, wanted)
+    gc.collect(store, 0, 0)
+    same(index, wanted)
+    assert len(files(index, "activations")) == 1
+
+
+@pytest.mark.parametrize("point", ["gc-retired:1", "gc-removing:1", "gc-removing:2", "gc-removing:3"])
+def test_killed_at_any_point_gc_harms_nothing(
+    index: Path, wanted: dict[str, list[tuple[Any, ...]]], point: str
+) -> None:
+    store = Store(str(index))
+    compaction.compact(store)
+    code = (
+        "import sys; from pipelines import gc; from pipelines.storage import Store;"
+        "gc.collect(Store(sys.argv[1]), 0, 0)"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(index)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "CORPUSCOPE_CRASH": point},
+    )  # fmt: skip
+    assert killed.returncode == 137, killed.stderr
+    same(index, wanted)
+    gc.collect(store, 0, 0)
+    same(index, wanted)
+
+
+def test_readers_see_whole_units_while_it_is_compacted_and_collected(
+    index: Path, wanted: dict[str, list[tuple[Any, ...]]]
+) -> None:
+    """Connections made at any moment answer alike; those made before a gc outlive it within its grace."""
+    question = "SELECT count(*), sum(activation)::DECIMAL(18, 4), count(DISTINCT context) FROM activations"
+    answer = queries.connect(str(index)).sql(question).fetchall()
+    old = queries.connect(str(index))
+    wrong: list[Any] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                found = queries.connect(str(index)).sql(question).fetchall()
+            except Exception as error:
+                wrong.append(error)
+                return
+            if found != answer:
+                wrong.append(found)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    store = Store(str(index))
+    try:
+        for _ in range(3):
+            compaction.compact(store)
+            gc.collect(store)
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join()
+    assert not wrong
+    assert old.sql(question).fetchall() == answer
+    same(index, wanted)
+
+
+def test_two_compactions_at_once(index: Path, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
+    """Whoever is late drops his work; no unit's rows are in two runs."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            compaction.compact(Store(str(index)))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    found = contents.contents(Store(str(index)))
+    assert len(np.unique(found.covered)) == len(found.covered) == UNITS
+    same(index, wanted)
+    gc.collect(Store(str(index)), 0, 0)
+    same(index, wanted)
+
+
+def test_a_late_publisher_loses(index: Path, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
+    """A compaction that slept through another one's cannot publish rows a second time."""
+    store = Store(str(index))
+    found = contents.contents(store)
+    job = compaction.RunJob(1, (), found.own[:4])
+    late = compaction.RunJob(1, (), found.own[2:6])
+    assert compaction.execute(found, job) is not None
+    assert compaction.execute(found, late) is None
+    same(index, wanted)
+
+
+def test_what_is_too_old_is_not_published(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compaction, "MAX_AGE", 0.0)
+    store = Store(str(index))
+    found = contents.contents(store)
+    assert compaction.execute(found, compaction.RunJob(1, (), found.own[:4])) is None
+    assert snapshots.newest(store) == snapshots.NONE
+
+
+def test_a_corpus_that_changes_between_compactions(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any], tiny_corpus: Path
+) -> None:
+    """Files come, go and come back, with compactions and collections in between, against fresh scans."""
+    names = sorted(f.name for f in tiny_corpus.iterdir())[:14]
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    spec, index = write_spec(tmp_path, corpus={"uri": "corpus/*.jsonl"}), tmp_path / "index"
+    generator = random.Random(7)
+    present: set[str] = set()
+
+    def scan() -> int:
+        return int(scan_inline(spec, allow_removal=True).items)
+
+    def check(step: str) -> None:
+        fresh = write_spec(tmp_path / f"fresh-{step}", corpus={"uri": f"{corpus}/*.jsonl"})
+        scan_inline(fresh)
+        assert not tiny.differences(tiny.content(fresh.parent / "index"), tiny.content(index)), step
+
+    for name in names[2:12]:
+        shutil.copy(tiny_corpus / name, corpus / name)
+        present.add(name)
+    assert scan() == 10
+    store = Store(str(index))
+    compaction.compact(store)
+    check("first")
+
+    gone = generator.sample(sorted(present), 3)
+    for name in gone:
+        (corpus / name).unlink()
+    for name in names[:2]:  # before the others in the corpus, after them in the registry
+        shutil.copy(tiny_corpus / name, corpus / name)
+    assert scan() == 2
+    check("gone")
+    compaction.compact(store)
+    check("gone and compacted")
+    gc.collect(store)  # too young to be given up
+    shutil.copy(tiny_corpus / gone[0], corpus / gone[0])
+    assert scan() == 0, "a file that comes back finds its data"
+    check("back")
+    compaction.compact(store)
+    check("back and compacted")
+
+    assert gc.collect(store, 0, 0).retired == 2
+    check("collected")
+    shutil.copy(tiny_corpus / gone[1], corpus / gone[1])
+    assert scan() == 1, "a unit that was given up is scanned anew"
+    check("anew")
+    compaction.compact(store)
+    gc.collect(store, 0, 0)
+    check("anew and compacted")
+    assert gc.collect(store, 0, 0) == gc.Collected(0, 0, 0, 0, 0)
+    found = contents.contents(store)
+    assert not len(found.hidden), "rows of units that were given up are left out of what is merged"
+    runs = queries.connect(str(index)).sql("SELECT run, documents FROM runs ORDER BY run").fetchall()
+    assert [run for run, _ in runs] == [1, 2, 3, 5]  # 4 is the collection, which is no scan
+
+
+def test_what_lost_attempts_left_is_removed_at_once(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any],
+    wanted: dict[str, list[tuple[Any, ...]]],
+) -> None:  # fmt: skip
+    spec, index = write_spec(tmp_path), tmp_path / "index"
+    crashed = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "scan", str(spec), "--executor", "inline"], cwd=ROOT,
+        capture_output=True, text=True, env={**os.environ, "CORPUSCOPE_CRASH": "before-commit"},
+    )  # fmt: skip
+    assert crashed.returncode == 137, crashed.stderr
+    orphans = set((index / "data").rglob("*.parquet"))
+    assert orphans
+    store = Store(str(index))
+    assert gc.collect(store).removed == 0, "its unit has no commit: the attempt might be alive"
+    scan_inline(spec)
+    assert gc.collect(store).removed == len(orphans)
+    assert not {f for f in orphans if f.exists()}
+    same(index, wanted)
+
+
+def test_units_between_merged_ones_stay_alone(index: Path, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
+    store = Store(str(index))
+    found = contents.contents(store)
+    assert compaction.execute(found, compaction.RunJob(1, (), np.array([4, 6, 7]))) is not None
+    compaction.compact(store)
+    same(index, wanted)
+    found = contents.contents(store)
+    assert found.own.tolist() == [5]
+
+
+def test_tiers_tell_which_ranges_close() -> None:
+    generator = random.Random(3)
+    waiting = [ordinal for ordinal in range(70) if ordinal % 5] * 2  # two groups; every fifth is dropped
+    generator.shuffle(waiting)
+    tiers = compaction.Tiers(70, waiting)
+    told: list[tuple[int, int, int]] = []
+    left = list(waiting)
+    for ordinal in waiting:
+        left.remove(ordinal)
+        for level, first, stop in tiers.committed(ordinal):
+            assert not [o for o in left if first <= o < stop]
+            assert stop - first == 4**level
+            told.append((level, first, stop))
+    spans = {
+        (level, first, first + 4**level)
+        for level in (1, 2, 3)
+        for first in range(0, 70 - 4**level + 1, 4**level)
+    }
+    assert len(told) == len(set(told))
+    assert set(told) == spans
