@@ -325,7 +325,7 @@ def _commit(state: _State, index: _Index, commit: Commit, unit: Unit) -> None:
 
 def _quarantined(commit: Commit) -> int:
     """Documents of the unit that could not be scanned."""
-    return int(getattr(commit, "quarantined", 0))
+    return commit.quarantined
 
 
 # --- snapshots, runs and nodes

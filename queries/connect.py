@@ -76,24 +76,31 @@ def connect(uri: str) -> duckdb.DuckDBPyConnection:
 
     DataError names a file that is gone.
     """
-    store = Store(uri)
-    statements = script(store)
-    con = duckdb.connect(":memory:", config={"autoinstall_known_extensions": False})
-    if not store.local:
-        con.register_filesystem(RemoteFiles(store))
+    found = contents(Store(uri))
+    return opened(found, values(found))
+
+
+def opened(found: Contents, filled: dict[str, str], **settings: Any) -> duckdb.DuckDBPyConnection:
+    """The same for an index that is resolved already; `settings` are DuckDB's."""
+    con = duckdb.connect(":memory:", config={"autoinstall_known_extensions": False, **settings})
+    if not found.store.local:
+        con.register_filesystem(RemoteFiles(found.store))
     try:
-        for statement in statements:
+        for statement in _script(filled):
             con.execute(statement)
     except duckdb.Error as error:
-        raise DataError(f"index {uri}: damaged: {one_line(error)}") from error
+        raise DataError(f"index {found.store.uri}: damaged: {one_line(error)}") from error
     return con
 
 
 def script(store: Store) -> list[str]:
     """The statements that make the macros and views, file lists filled in: they run in any DuckDB."""
-    values = _values(contents(store))
+    return _script(values(contents(store)))
+
+
+def _script(filled: dict[str, str]) -> list[str]:
     files = [(_HERE / file).read_text() for file in ("helpers.sql", "views.sql", "macros.sql")]
-    return [_fill(statement, values) for file in files for statement in _statements(file)]
+    return [fill(statement, filled) for file in files for statement in _statements(file)]
 
 
 def busy_seconds(started: Iterable[float], finished: Iterable[float]) -> float:
@@ -105,7 +112,7 @@ def busy_seconds(started: Iterable[float], finished: Iterable[float]) -> float:
     return total
 
 
-def _values(found: Contents) -> dict[str, str]:
+def values(found: Contents) -> dict[str, str]:
     """What the `$names` of the .sql files stand for."""
     store, fixed, saes = found.store, found.identity["fixed"], found.identity["saes"]
     metadata = fixed["metadata"]
@@ -189,5 +196,6 @@ def _statements(source: str) -> list[str]:
     return [part.strip(" \n;") for part in "\n".join(lines).split(";\n") if part.strip(" \n;")]
 
 
-def _fill(statement: str, values: dict[str, str]) -> str:
+def fill(statement: str, values: dict[str, str]) -> str:
+    """SQL with its `$names` replaced."""
     return re.sub(r"\$(\w+)", lambda match: values[match[1]], statement)
