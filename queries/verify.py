@@ -22,12 +22,12 @@ import pyarrow.compute as pc
 
 from pipelines.audit import audit
 from pipelines.contents import Contents, contents
-from pipelines.findings import Findings
+from pipelines.findings import Fault, Findings
 from pipelines.schema import sample_seed
 from pipelines.storage import Store
 from queries.connect import fill, opened, values
 from queries.relations import literal, texts
-from sae_runtime.errors import DataError, one_line
+from sae_runtime.errors import CorpuscopeError, DataError, one_line
 
 _HERE = Path(__file__).parent
 _MEMORY = "2GB"
@@ -71,6 +71,8 @@ def verify(
                 continue
             findings.broken("tables", "can be read", one_line(error))
             return findings
+        except duckdb.OutOfMemoryException as error:
+            raise CorpuscopeError(f"verify: the tables do not fit {memory}; give --memory more") from error
         findings.faults += compared.faults
         findings.names |= compared.names
         break
@@ -111,7 +113,9 @@ def _ask(
     shown = "; ".join(str(row[0]) for row in sorted(rows, key=str)[:_EXAMPLES])
     many = f"{len(rows):,}{' or more' if len(rows) == _MOST else ''}"
     detail = shown if len(rows) <= _EXAMPLES else f"{shown}; … ({many})"
-    findings.expect(not rows, where, statement.check, detail)
+    findings.names.add(f"{statement.table}: {statement.check}")
+    if rows:
+        findings.faults.append(Fault(where, statement.check, detail))
 
 
 def _read(file: str) -> Iterator[_Statement]:
