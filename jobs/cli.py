@@ -323,10 +323,10 @@ def verify(index: str, quick: bool, memory: str, format_: str) -> None:
         print_rows(map(asdict, found.faults), format_, ("file", "check", "detail"))
     message(
         f"{count(found.files, 'file')} ({human(found.bytes)}, {count(found.rows, 'row')}) of "
-        f"{found.committed:,} of {count(found.units, 'unit')} read, {count(found.checks, 'kind')} of checks made"
+        f"{found.committed:,} of {count(found.units, 'unit')} read, {count(found.checks, 'kind')} of checks"
     )
     if not found.whole and not quick:
-        message("tables were not compared, as they cannot be relied on to be readable: see to the faults above")
+        message("tables were not compared: they cannot be relied on to be readable")
     if found.faults:
         message(f"error: {index} is damaged: {count(len(found.faults), 'fault')}")
         click.get_current_context().exit(CorpuscopeError.exit_code)

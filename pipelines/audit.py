@@ -9,14 +9,16 @@ Measured (2026-11-22, one core of a Xeon, 24 MB of rows on local disk): MEASURED
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.audit_registry import audited_plans, may_be_partial
@@ -53,7 +55,11 @@ Told = Callable[[str], None]
 _BLOCK = 8 << 20  # bytes read at a time
 _ROWS = 1 << 16  # of a batch
 _OWN = ("activations", "document_features", *KEYED, "features", "top_contexts", "sampled_contexts", "saes")
-_ONCE = KEYED  # of a unit, with group 0
+_UNITS = 256  # whose commits are read at once
+_HELD = 64 << 20  # bytes of a file that is read once, and not again for its rows
+_COUNTED = {"documents": "documents", "quarantine": "quarantined", "contexts": "contexts"}  # in commits
+_PLACE = "commits lie where they belong"
+_DAMAGE = (DataError, InputError, KeyError, TypeError, ValueError, AttributeError)  # of JSON that we read
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class _Index:
     groups: tuple[tuple[str, ...], ...]
     schemas: dict[str, pa.Schema]
     units: dict[int, Unit]
-    runs_of: dict[int, set[int]]  # runs that registered each unit
+    runs_of: dict[int, tuple[int, ...]]  # runs that registered each unit
     partial: frozenset[int]
     retired: np.ndarray  # ordinals, ascending
     covered: np.ndarray
@@ -85,6 +91,7 @@ class _State:
     told: Told
     quick: bool
     missing: list[tuple[_Owner, str, str]] = field(default_factory=list)  # with kind and path
+    unknown: list[tuple[int, int]] = field(default_factory=list)  # commits of units that were not registered
 
 
 def audit(store: Store, told: Told = lambda words: None, quick: bool = False) -> Findings:
@@ -142,9 +149,7 @@ def _identity(state: _State) -> dict[str, Any] | None:
     return Ledger(store).identity()
 
 
-def _declared(
-    state: _State, identity: dict[str, Any], plans: Sequence[Plan], tokens: int
-) -> _Index | None:
+def _declared(state: _State, identity: dict[str, Any], plans: Sequence[Plan], tokens: int) -> _Index | None:
     """What index.json and the plans say that data must be."""
     findings = state.findings
     try:
@@ -173,10 +178,12 @@ def _declared(
     except DataError as error:
         findings.broken(PLANS, "plans are readable", str(error))
         return None
-    runs_of: dict[int, set[int]] = {}
+    runs_of: dict[int, tuple[int, ...]] = {}
     for plan in plans:
+        only = (plan.run,)
         for unit in plan.units:
-            runs_of.setdefault(unit.ordinal, set()).add(plan.run)
+            before = runs_of.get(unit.ordinal)
+            runs_of[unit.ordinal] = only if before is None else before + only
     return _Index(
         rule=rule,
         groups=groups,
@@ -217,9 +224,7 @@ def _vocabulary(state: _State, wanted: bool) -> int:
 def _commits(state: _State, index: _Index) -> pa.Table:
     """Check every commit and its files. UNIT_FACTS of the units that are committed whole."""
     facts = [UNIT_FACTS.empty_table()]
-    count = 0
-    for ordinal, commits in _read_commits(state, index):
-        count += 1
+    for count, (ordinal, commits) in enumerate(_read_commits(state, index), 1):
         state.told(f"unit {count:,} of {len(index.units):,}")
         known = index.units[ordinal]
         for commit in commits:
@@ -228,7 +233,7 @@ def _commits(state: _State, index: _Index) -> pa.Table:
         for commit in commits[1:]:
             same = all(
                 getattr(commit, name) == getattr(first, name)
-                for name in ("documents", "contexts", "tokens", "tokens_run", "run")
+                for name in ("documents", "quarantined", "poison", "contexts", "tokens", "tokens_run", "run")
             )
             state.findings.expect(
                 same, commit.name, "groups agree", f"its counts are not those of {first.name}"
@@ -248,39 +253,55 @@ def _read_commits(state: _State, index: _Index) -> Iterator[tuple[int, list[Comm
             number, _, group = stem.partition(".")
             pair = (int(number), int(group)) if number.isdecimal() and group.isdecimal() else None
             if pair is None or commit_name(*pair) != name:
-                state.findings.broken(name, "commits lie where they belong", "is no commit's name")
-            elif pair[0] not in index.units or pair[1] >= len(index.groups):
-                state.findings.broken(
-                    name, "commits lie where they belong", "is of a unit or SAE group that there is not"
-                )
+                state.findings.broken(name, _PLACE, "is no commit's name")
+            elif pair[1] >= len(index.groups):
+                state.findings.broken(name, _PLACE, "is of an SAE group that there is not")
+            elif pair[0] not in index.units:
+                state.unknown.append(pair)
             else:
                 found.append(pair)
-        for ordinal, pairs in groupby(sorted(found), key=lambda pair: pair[0]):
-            commits = [commit for pair in pairs for commit in _read_commit(state, ledger, pair)]
-            if commits:
-                yield ordinal, commits
+        units = [list(pairs) for _, pairs in groupby(sorted(found), key=lambda pair: pair[0])]
+        for first in range(0, len(units), _UNITS):
+            some = units[first : first + _UNITS]
+            read = _readable(state, ledger, [pair for pairs in some for pair in pairs])
+            for pairs in some:
+                commits = [read[pair] for pair in pairs if pair in read]
+                if commits:
+                    yield pairs[0][0], commits
 
 
-def _read_commit(state: _State, ledger: Ledger, pair: tuple[int, int]) -> list[Commit]:
-    name = commit_name(*pair)
+def _readable(state: _State, ledger: Ledger, pairs: list[tuple[int, int]]) -> dict[tuple[int, int], Commit]:
+    """Commits by (ordinal, group), but for those that are damaged: a fault each."""
     try:
-        [commit] = ledger.read_commits([pair])
-        numbers = (commit.documents, commit.contexts, commit.tokens, commit.tokens_run, commit.run)
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise TypeError("a count is not a number")
+        found = dict(zip(pairs, ledger.read_commits(pairs), strict=True))
+    except _DAMAGE:
+        if len(pairs) > 1:  # which of them?
+            return {pair: each for one in pairs for pair, each in _readable(state, ledger, [one]).items()}
+        state.findings.broken(commit_name(*pairs[0]), "commits are readable", "is not a commit")
+        return {}
+    return {pair: commit for pair, commit in found.items() if _is_sound(state, pair, commit)}
+
+
+def _is_sound(state: _State, pair: tuple[int, int], commit: Commit) -> bool:
+    """Whether a commit is one, of the unit and group that its name says."""
+    name = commit_name(*pair)
+    state.findings.files += 1
+    state.findings.names |= {"commits are readable", _PLACE}
+    try:
+        counts = ("documents", "quarantined", "contexts", "tokens", "tokens_run", "run")
+        for count in counts:
+            if not isinstance(getattr(commit, count), int) or getattr(commit, count) < 0:
+                raise TypeError(f"`{count}` is no count")
         for record in commit.files.values():
             _check_record(record)
-    except (DataError, InputError, KeyError, TypeError, ValueError, AttributeError) as error:
-        detail = "is not JSON" if isinstance(error, DataError) else f"is not a commit ({one_line(error)})"
-        state.findings.broken(name, "commits are readable", detail)
-        return []
-    state.findings.files += 1
-    state.findings.names.add("commits are readable")
+    except TypeError as error:
+        state.findings.broken(name, "commits are readable", f"is not a commit: {error}")
+        return False
     if (commit.ordinal, commit.group) != pair:
         detail = f"says it is of unit {commit.ordinal}, group {commit.group}"
-        state.findings.broken(name, "commits lie where they belong", detail)
-        return []
-    return [commit]
+        state.findings.broken(name, _PLACE, detail)
+        return False
+    return True
 
 
 def _commit(state: _State, index: _Index, commit: Commit, unit: Unit) -> None:
@@ -292,7 +313,7 @@ def _commit(state: _State, index: _Index, commit: Commit, unit: Unit) -> None:
         "commits are of their unit",
         f"run {commit.run} did not register unit {commit.ordinal}",
     )
-    read = commit.documents + _quarantined(commit)
+    read = commit.documents + commit.quarantined
     expect(
         read == unit.documents or (read < unit.documents and commit.ordinal in index.partial),
         name,
@@ -300,15 +321,14 @@ def _commit(state: _State, index: _Index, commit: Commit, unit: Unit) -> None:
         f"{read:,} documents of {unit.documents:,} rows of {unit.path}",
     )
     expect(commit.tokens <= commit.tokens_run, name, "counts", "more tokens are counted than were run")
-    allowed = _OWN if commit.group == 0 else tuple(kind for kind in _OWN if kind not in _ONCE)
+    allowed = _OWN if commit.group == 0 else tuple(kind for kind in _OWN if kind not in KEYED)
     stray = sorted(set(commit.files) - set(allowed))
     expect(not stray, name, "commits are readable", f"names files of {', '.join(stray)}")
     if np.isin(commit.ordinal, index.retired):
         return
-    counts = {"documents": commit.documents, "contexts": commit.contexts} if commit.group == 0 else {}
-    counts["saes"] = len(index.groups[commit.group])
-    if "quarantine" in KEYED and commit.group == 0:
-        counts["quarantine"] = _quarantined(commit)
+    counts = {"saes": len(index.groups[commit.group])}
+    if commit.group == 0:
+        counts |= {kind: getattr(commit, name) for kind, name in _COUNTED.items()}
     for kind, rows in counts.items():
         record = commit.files.get(kind)
         have = record.rows if record else 0
@@ -321,11 +341,6 @@ def _commit(state: _State, index: _Index, commit: Commit, unit: Unit) -> None:
         own = f"{DATA}/{kind}/{commit.unit}.{commit.group}-{commit.attempt}.parquet"
         expect(record.path == own, name, "names of files", f"{record.path} is not {own}")
         _files(state, index, _Owner(name, commit.ordinal), piece, kind, [record])
-
-
-def _quarantined(commit: Commit) -> int:
-    """Documents of the unit that could not be scanned."""
-    return commit.quarantined
 
 
 # --- snapshots, runs and nodes
@@ -342,7 +357,9 @@ def _snapshot(state: _State) -> Snapshot | None:
     return found
 
 
-def _manifests(state: _State, read: Callable[[Store, Sequence[str]], list[Any]], names: Iterable[str]) -> list[Any]:
+def _manifests(
+    state: _State, read: Callable[[Store, Sequence[str]], list[Any]], names: Iterable[str]
+) -> list[Any]:
     """Runs or nodes by name; one that cannot be read is a fault."""
     found = []
     for name in names:
@@ -353,7 +370,7 @@ def _manifests(state: _State, read: Callable[[Store, Sequence[str]], list[Any]],
                     _check_record(record)
         except FileNotFoundError:
             state.missing.append((_Owner(name), "", name))
-        except (DataError, InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except _DAMAGE as error:
             state.findings.broken(name, "manifests are readable", one_line(error))
         else:
             state.findings.files += 1
@@ -378,55 +395,54 @@ def _nodes(state: _State, names: Sequence[str]) -> list[Node]:
 def _runs(state: _State, index: _Index, runs: Sequence[Run], facts: pa.Table) -> None:
     """Check runs against each other, the registry and the commits; and their files."""
     expect = state.findings.expect
-    committed = {row["ordinal"]: row for row in facts.to_pylist()} if runs else {}
-    taken: set[int] = set()
+    facts = facts.sort_by("ordinal")
+    committed = facts["ordinal"].to_numpy()
+    taken = np.empty(0, np.int64)
     for run in runs:
         state.told(f"run {run.name}")
-        units, gone = set(unpack(run.units).tolist()), set(unpack(run.gone).tolist())
-        expect(not (units | gone) & taken, run.name, "runs are apart", "has units of another run")
-        taken |= units | gone
-        retired = set(index.retired.tolist())
-        expect(gone <= retired, run.name, "runs are apart", "leaves out units that are not given up")
-        unknown = (units | gone) - committed.keys()
-        expect(not unknown, run.name, "runs hold committed units", f"{len(unknown)} units have no commit")
+        units, gone = unpack(run.units), unpack(run.gone)
+        inside = np.union1d(units, gone)
+        apart = len(inside) == len(units) + len(gone) and not np.isin(inside, taken).any()
+        expect(apart, run.name, "runs are apart", "has units twice, or of another run")
+        taken = np.union1d(taken, inside)
+        given_up = np.isin(gone, index.retired).all()
+        expect(bool(given_up), run.name, "runs are apart", "leaves out units that are not given up")
+        unknown = inside[~np.isin(inside, committed)]
+        detail = f"{len(unknown):,} of its units have no commit that can be read: unit {unknown[:1].tolist()}"
+        expect(not len(unknown), run.name, "runs hold committed units", detail)
         stray = sorted(set(run.files) - {*ROWS, *KEYED, UNITS})
         expect(not stray, run.name, "manifests are readable", f"names files of {', '.join(stray)}")
-        piece = Piece(np.array(sorted(units), np.int64), frozenset(index.rule.widths), True)
+        piece = Piece(np.sort(units), frozenset(index.rule.widths), True)
         for kind, records in run.files.items():
             if kind in (*ROWS, *KEYED):
                 _files(state, index, _Owner(run.name), piece, kind, records)
         known = _facts(state, index, run)
-        if known is not None:
-            expect(
-                sorted(known) == sorted(units | gone),
-                run.name,
-                "what runs know of units",
-                "its table of units is not of its units",
-            )
-            wrong = [ordinal for ordinal in known if committed.get(ordinal, known[ordinal]) != known[ordinal]]
-            expect(
-                not wrong,
-                run.name,
-                "what runs know of units",
-                f"{len(wrong)} units have other counts than their commits: unit {wrong[:1]}",
-            )
+        if known is None:
+            continue
+        same = np.array_equal(known["ordinal"].to_numpy(), inside)
+        expect(same, run.name, "what runs know of units", "its table of units is not of its units")
+        both = known.filter(pc.is_in(known["ordinal"], pa.array(committed)))
+        told = facts.take(pa.array(np.searchsorted(committed, both["ordinal"].to_numpy())))
+        unequal = [name for name in UNIT_FACTS.names if not both[name].equals(told[name])]
+        detail = f"{', '.join(unequal)} of units are not what their commits say"
+        expect(not unequal, run.name, "what runs know of units", detail)
 
 
-def _facts(state: _State, index: _Index, run: Run) -> dict[int, dict[str, Any]] | None:
-    """A run's table of units, by ordinal; None where it cannot be read."""
-    found: list[dict[str, Any]] = []
+def _facts(state: _State, index: _Index, run: Run) -> pa.Table | None:
+    """A run's table of units by ordinal; None where it cannot be read."""
+    found = [UNIT_FACTS.empty_table()]
     for record in run.files.get(UNITS, ()):
         if not _files(state, index, _Owner(run.name), Piece(np.empty(0), frozenset(), True), UNITS, [record]):
             return None
         with state.store.open(record.path) as stream:
-            found += pq.read_table(stream, schema=UNIT_FACTS).to_pylist()
-    return {row["ordinal"]: row for row in found}
+            found.append(pq.read_table(stream, schema=UNIT_FACTS))
+    return pa.concat_tables(found).sort_by("ordinal")
 
 
 def _check_nodes(state: _State, index: _Index, snapshot: Snapshot, nodes: Sequence[Node]) -> None:
     expect = state.findings.expect
     tops = sorted((node for node in nodes if node.name in snapshot.nodes), key=lambda node: node.first)
-    for before, node in zip(tops, tops[1:], strict=False):
+    for before, node in pairwise(tops):
         expect(before.stop <= node.first, node.name, "nodes are apart", f"overlaps {before.name}")
     by_name = {node.name: node for node in nodes}
     for node in nodes:
@@ -456,8 +472,9 @@ def _files(
     for record in records:
         try:
             with state.store.open(record.path) as stream:
-                whole = _bytes(state, record, stream)
-                file = _footer(state, record, stream, index.schemas[kind]) if whole else None
+                content = _held(stream)
+                whole = _bytes(state, record, content)
+                file = _footer(state, record, content, index.schemas[kind]) if whole else None
                 good &= file is not None
                 if file is None or checks is None or state.quick:
                     continue
@@ -471,6 +488,15 @@ def _files(
             state.findings.broken(owner.name, "names of files", str(error))
             good = False
     return good
+
+
+def _held(stream: IO[bytes]) -> IO[bytes]:
+    """A file from its start, in memory unless it is large: remote ones are then fetched once."""
+    data = stream.read(_HELD)
+    if len(data) < _HELD:
+        return io.BytesIO(data)
+    stream.seek(0)
+    return stream
 
 
 def _bytes(state: _State, record: DataFileRecord, stream: IO[bytes]) -> bool:
@@ -538,14 +564,18 @@ def _rows(
 
 
 def _look_again(state: _State) -> None:
-    """Files that were missing are faults where the index, resolved again, needs them still."""
-    if not state.missing:
+    """What was missing is a fault where the index, resolved again, needs it still."""
+    if not state.missing and not state.unknown:
         return
     try:
         now = contents(state.store)
     except (DataError, FileNotFoundError) as error:
         state.findings.broken(PLANS, "files are there", one_line(error))
         return
+    known = set(now.registered.known.tolist())
+    for pair in state.unknown:
+        if pair[0] not in known:  # else a scan has registered it meanwhile
+            state.findings.broken(commit_name(*pair), _PLACE, "is of a unit that there is not")
     nodes, level = set(now.snapshot.nodes), list(now.snapshot.nodes)
     while level:
         present = [name for name in level if state.store.exists(name)]

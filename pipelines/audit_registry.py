@@ -119,7 +119,11 @@ def _live(plans: Sequence[Plan]) -> Iterator[tuple[str, str, str]]:
     before: Unit | None = None
     for unit in sorted(live_units(plans), key=lambda u: (u.corpus, u.path, u.start)):
         if (unit.corpus, unit.path, unit.digest, unit.settings) not in places:
-            yield name, "live units", f"unit {unit.ordinal} ({unit.path}) is of a file that is not in the corpus"
+            yield (
+                name,
+                "live units",
+                f"unit {unit.ordinal} is of {unit.path} as the corpus has it no more",
+            )
         same = before is not None and (before.corpus, before.path) == (unit.corpus, unit.path)
         if before is not None and same and unit.start < before.stop:
             yield name, "live units", f"units {before.ordinal} and {unit.ordinal} share rows of {unit.path}"

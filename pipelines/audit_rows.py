@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.schema import LOCAL_BITS, LOCAL_MAX, WINDOW
+from pipelines.schema import LOCAL_BITS, WINDOW
 
 Said = Iterator[tuple[str, str]]  # (check, detail) of faults
 
@@ -70,6 +70,7 @@ class RowChecks:
         self._sae: str | None = None  # of the row group
         self._feature: dict[str, int] = {}  # the last one, by SAE
         self._last: dict[str, np.ndarray] = {}  # last key of each feature, by SAE
+        self._stratum: dict[str, int] = {}  # the last one, with its feature, by SAE
         self._key = -1
         self._take: Callable[[pa.RecordBatch], Said] = {
             "activations": self._activations,
@@ -86,7 +87,7 @@ class RowChecks:
         }.get(kind, self._keyed)
 
     def next_file(self) -> None:
-        """The next batch is of another file. Of by_document each holds a range of SAEs, from its first document."""
+        """The next batch is of another file: of by_document, it may have other SAEs and begin anew."""
         if self._kind == "by_document":
             self._key = -1
 
@@ -139,7 +140,10 @@ class RowChecks:
         wrong = ~(np.abs(total) <= n * np.abs(highest.astype(np.float64)))
         wrong |= (n == 1) & (total != highest)
         if wrong.any():
-            yield VALUES, f"{int(wrong.sum()):,} sums cannot be of {_first(n, wrong)} tokens with that maximum"
+            yield (
+                VALUES,
+                f"{int(wrong.sum()):,} sums cannot be of {_first(n, wrong)} tokens with that maximum",
+            )
 
     def _features(self, batch: pa.RecordBatch) -> Said:
         feature, n = _numbers(batch, "feature"), _numbers(batch, "n_tokens")
@@ -178,8 +182,10 @@ class RowChecks:
         if (exponent != stratum).any():
             yield VALUES, f"{int((exponent != stratum).sum()):,} activations are not of their stratum"
         key = feature.astype(np.int64) * _STRATA + stratum - _LOWEST_STRATUM
-        begins = np.r_[True, np.diff(key) != 0]
-        begins[0] &= population[0] > 0  # else it goes on from the batch before
+        sae = str(self._sae)
+        # A stratum may go on from the batch before.
+        begins = np.r_[key[0] != self._stratum.get(sae), np.diff(key) != 0]
+        self._stratum[sae] = int(key[-1])
         if ((population > 0) != begins).any():
             yield COUNTS, "a stratum's size is not on its first row, and there alone"
         if np.unique(key, return_counts=True)[1].max(initial=0) > self._rule.sample_k:

@@ -19,6 +19,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from duckdb.func import ARROW
 
 from pipelines.audit import audit
 from pipelines.contents import Contents, contents
@@ -87,7 +88,9 @@ def _compared(found: Contents, told: Callable[[str], None], memory: str) -> Find
         try:
             con.execute("SET preserve_insertion_order = false; SET parquet_metadata_cache = true")
             _add_functions(con)
-            con.register("_facts", found.facts.filter(pc.is_in(found.facts["ordinal"], pa.array(found.shown))))
+            con.register(
+                "_facts", found.facts.filter(pc.is_in(found.facts["ordinal"], pa.array(found.shown)))
+            )
             con.register("_registered", _registered(found))
             for statement in _read("verify_tables.sql"):
                 told(f"{statement.table} {statement.check}".strip() or "places of contexts")
@@ -104,7 +107,11 @@ def _compared(found: Contents, told: Callable[[str], None], memory: str) -> Find
 
 
 def _ask(
-    con: duckdb.DuckDBPyConnection, statement: _Statement, filled: dict[str, str], where: str, findings: Findings
+    con: duckdb.DuckDBPyConnection,
+    statement: _Statement,
+    filled: dict[str, str],
+    where: str,
+    findings: Findings,
 ) -> None:
     if not statement.table:
         con.execute(fill(statement.sql, filled))
@@ -186,9 +193,10 @@ def _registered(found: Contents) -> pa.Table:
 
 def _add_functions(con: duckdb.DuckDBPyConnection) -> None:
     text, whole, hash_ = "VARCHAR", "BIGINT", "UBIGINT"
-    con.create_function("_place_hash", _place_hash, [text, text, whole, "INTEGER"], hash_, type="arrow")
-    con.create_function("_draw", _draw, [text, text, whole], "DOUBLE", type="arrow")
-    con.create_function("_lot", _lot, [hash_, "INTEGER", hash_], hash_, type="arrow")
+    con.create_function("_place_hash", _place_hash, [text, text, whole, "INTEGER"], hash_, type=ARROW)
+    con.create_function("_draw", _draw, [text, text, whole], "DOUBLE", type=ARROW)
+    con.create_function("_ending", _ending, ["INTEGER[]"], whole, type=ARROW)
+    con.create_function("_lot", _lot, [hash_, "INTEGER", hash_], hash_, type=ARROW)
 
 
 def _digests(*columns: Any, before: str = "") -> np.ndarray:
@@ -214,6 +222,19 @@ def _draw(corpus: Any, source: Any, row: Any) -> pa.Array:
 def _lot(seed: Any, feature: Any, place: Any) -> pa.Array:
     salt = _mixed(seed.to_numpy() + feature.to_numpy().astype(np.uint64) * _GOLDEN)
     return pa.array(_mixed(place.to_numpy() ^ salt))
+
+
+def _ending(tokens: Any) -> pa.Array:
+    """The lower 48 bits of the hash of each list of tokens."""
+    lists = tokens.combine_chunks() if isinstance(tokens, pa.ChunkedArray) else tokens
+    lengths = lists.value_lengths().to_numpy()
+    flat = lists.flatten().to_numpy().astype(np.uint64) + np.uint64(1)
+    starts = np.cumsum(lengths) - lengths
+    value = (lengths - 1).astype(np.uint64)
+    for i in range(int(lengths.max(initial=0))):
+        has = i < lengths
+        value[has] = _mixed(value[has] + flat[starts[has] + i] * _GOLDEN)
+    return pa.array((value & np.uint64((1 << 48) - 1)).astype(np.int64))
 
 
 def _mixed(value: np.ndarray) -> np.ndarray:

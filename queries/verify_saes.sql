@@ -67,6 +67,11 @@ FROM (
 )
 GROUP BY feature, ending HAVING count(*) > 1;
 
+-- # top_contexts: have the hash of their ending
+SELECT 'feature ' || feature || ', context ' || t.context
+FROM $top_contexts AS t JOIN $contexts AS c ON c.context = t.context
+WHERE t.sae = $sae AND t.ending <> _ending(c.tokens[greatest(position - 15, 0) + 1 : position + 1]);
+
 -- # sampled_contexts: are at counted tokens
 SELECT 'feature ' || feature || ', context ' || t.context || ', position ' || position
 FROM _drawn AS t LEFT JOIN $contexts AS c ON c.context = t.context

@@ -120,13 +120,13 @@ WHERE list_contains($excluded_roles, role) AND list_contains(
 );
 
 -- # by_document: has the rows of document_features
-SELECT 'rows of ' || sae
+SELECT 'rows of ' || coalesce(f.sae, d.sae)
 FROM (
     SELECT sae::VARCHAR AS sae, count(*) AS n, sum(hash(feature, document, n_tokens, max, sum)::HUGEINT) AS h
     FROM $document_features GROUP BY ALL
-)
+) AS f
 FULL JOIN (
     SELECT sae::VARCHAR AS sae, count(*) AS n, sum(hash(feature, document, n_tokens, max, sum)::HUGEINT) AS h
     FROM $by_document GROUP BY ALL
-) AS b USING (sae, n, h)
-WHERE n IS NULL OR b.n IS NULL OR true IS DISTINCT FROM (b.n = n);
+) AS d ON d.sae = f.sae
+WHERE (f.n, f.h) IS DISTINCT FROM (d.n, d.h);

@@ -242,12 +242,15 @@ def rewrite(
 
 def write(file: Path, change: Callable[[pa.Table], pa.Table], sae: str | None) -> None:
     """Row groups stay as they are, but for those that are changed."""
-    old = pq.ParquetFile(file, read_dictionary=["sae"])
+    keyed = "sae" in pq.read_schema(file).names
+    old = pq.ParquetFile(file, read_dictionary=["sae"] if keyed else [])
     groups = [old.read_row_group(i) for i in range(old.num_row_groups)]
     mine = [sae is None or group["sae"][0].as_py() == sae for group in groups]
     assert any(mine)
     at = mine.index(True)
-    changed = change(pa.concat_tables([g for g, own in zip(groups, mine, strict=True) if own]).unify_dictionaries())
+    changed = change(
+        pa.concat_tables([g for g, own in zip(groups, mine, strict=True) if own]).unify_dictionaries()
+    )
     kept = [g for g, own in zip(groups, mine, strict=True) if not own]
     with pq.ParquetWriter(file, changed.schema) as writer:
         for group in [*kept[:at], changed, *kept[at:]]:
@@ -298,6 +301,16 @@ def twice(row: int) -> Callable[[pa.Table], pa.Table]:
 
 def swapped(table: pa.Table) -> pa.Table:
     return table.take([1, 0, *range(2, table.num_rows)])
+
+
+def in_a_sampled_unit(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
+    """Change the activations of SAMPLED in the first unit that has some, and more than one document."""
+
+    def damage(index: Path) -> None:
+        ordinal = next(o for o, _, _ in candidates(index, "activations", SAMPLED))
+        rewrite(index, "activations", ordinal, change, SAMPLED)
+
+    return damage
 
 
 def rewritten(
@@ -383,50 +396,96 @@ FILE_DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "a byte is flipped": (flip_a_byte, "data/activations/", "checksum"),
     "a file is truncated": (truncate, "data/contexts/", "size"),
     "a file is gone": (lambda i: data_file(i, "features", 2).unlink(), "data/features/", "files are there"),
-    "a commit is no JSON": (spoil("commits/000000/000000001.0.json", "{"), "commits/", "commits are readable"),
-    "a commit lacks a key": (spoil("commits/000000/000000001.0.json", "{}"), "commits/", "commits are readable"),
+    "a commit is no JSON": (
+        spoil("commits/000000/000000001.0.json", "{"),
+        "commits/",
+        "commits are readable",
+    ),
+    "a commit lacks a key": (
+        spoil("commits/000000/000000001.0.json", "{}"),
+        "commits/",
+        "commits are readable",
+    ),
     "a commit counts in words": (
-        lambda i: edit(commit_of(i, 1), contexts="two"), "commits/", "commits are readable",
+        lambda i: edit(commit_of(i, 1), contexts="two"),
+        "commits/",
+        "commits are readable",
     ),
     "a document is not accounted for": (
-        lambda i: edit(commit_of(i, 1), documents=1), "commits/000000/000000001", "documents read = indexed + quarantined",
+        lambda i: edit(commit_of(i, 1), documents=1),
+        "commits/000000/000000001",
+        "documents read = indexed + quarantined",
     ),
     "more contexts are counted": (lambda i: edit(commit_of(i, 1), contexts=99), "commits/", "counts"),
-    "more tokens are counted than run": (lambda i: edit(commit_of(i, 1), tokens=1 << 20), "commits/", "counts"),
+    "more tokens are counted than run": (
+        lambda i: edit(commit_of(i, 1), tokens=1 << 20),
+        "commits/",
+        "counts",
+    ),
     "commits are swapped": (swap_commits, "commits/000000/000000001", "commits lie where they belong"),
     "a commit of no unit": (
-        lambda i: shutil.copy(commit_of(i, 1), commit_of(i, 77)), "commits/000000/000000077", "commits lie where they belong",
+        lambda i: shutil.copy(commit_of(i, 1), commit_of(i, 77)),
+        "commits/000000/000000077",
+        "commits lie where they belong",
     ),
     "a commit in another folder": (
-        lambda i: shutil.copytree(i / "commits/000000", i / "commits/000001"), "commits/000001/", "commits lie where they belong",
+        lambda i: shutil.copytree(i / "commits/000000", i / "commits/000001"),
+        "commits/000001/",
+        "commits lie where they belong",
     ),
     "a commit of another unit's id": (
-        lambda i: edit(commit_of(i, 1), unit="ab" * 12), "commits/", "commits are of their unit",
+        lambda i: edit(commit_of(i, 1), unit="ab" * 12),
+        "commits/",
+        "commits are of their unit",
     ),
-    "a commit of another run": (lambda i: edit(commit_of(i, 1), run=7), "commits/", "commits are of their unit"),
+    "a commit of another run": (
+        lambda i: edit(commit_of(i, 1), run=7),
+        "commits/",
+        "commits are of their unit",
+    ),
     "a path outside": (outside, "commits/000000/000000001", "names of files"),
     "more rows are recorded": (more_rows_recorded, "data/features/", "rows"),
     "a column has another name": (other_columns, "data/documents/", "columns"),
-    "a plan is gone": (lambda i: (i / "plans/000000.json").rename(i / "plans/000001.json"), "plans", "plans are numbered"),
+    "a plan is gone": (
+        lambda i: (i / "plans/000000.json").rename(i / "plans/000001.json"),
+        "plans",
+        "plans are numbered",
+    ),
     "a plan is no JSON": (spoil("plans/000000.json", "["), "plans/000000", "plans are readable"),
-    "a plan has another number": (lambda i: edit(i / "plans/000000.json", run=3), "plans/000000", "plans are numbered"),
+    "a plan has another number": (
+        lambda i: edit(i / "plans/000000.json", run=3),
+        "plans/000000",
+        "plans are numbered",
+    ),
     "a unit has other rows": (
-        lambda i: plan_table(i, "units", add("stop", -1)), "plans/000000", "units are what they say",
+        lambda i: plan_table(i, "units", add("stop", -1)),
+        "plans/000000",
+        "units are what they say",
     ),
     "a file has fewer rows": (
-        lambda i: plan_table(i, "files", add("rows", -1)), "plans/000000", "units are what they say",
+        lambda i: plan_table(i, "files", add("rows", -1)),
+        "plans/000000",
+        "units are what they say",
     ),
     "an ordinal is given twice": (
-        lambda i: plan_table(i, "units", add("ordinal", -1, 2)), "plans/000000", "ordinals",
+        lambda i: plan_table(i, "units", add("ordinal", -1, 2)),
+        "plans/000000",
+        "ordinals",
     ),
     "a unit is dropped that is not there": (
-        lambda i: edit(i / "plans/000000.json", dropped=[[70, 71]]), "plans/000000", "dropped units",
+        lambda i: edit(i / "plans/000000.json", dropped=[[70, 71]]),
+        "plans/000000",
+        "dropped units",
     ),
     "index.json is no JSON": (spoil("index.json", "{"), "index.json", "identity"),
     "index.json is gone": (lambda i: (i / "index.json").unlink(), "index.json", "identity"),
-    "index.json has other SAEs": (lambda i: edit(i / "index.json", groups=[[TOKENS]]), "index.json", "identity"),
+    "index.json has other SAEs": (
+        lambda i: edit(i / "index.json", groups=[[TOKENS]]),
+        "index.json",
+        "identity",
+    ),
     "the vocabulary is gone": (lambda i: (i / "vocabulary.parquet").unlink(), "vocabulary", "vocabulary"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FILE_DAMAGES)
@@ -449,14 +508,17 @@ ROW_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "an activation twice": (rewritten("activations", twice(5), TOKENS), "activations: order"),
     "activations out of order": (rewritten("activations", swapped, TOKENS), "activations: order"),
     "NaN": (
-        rewritten("activations", lambda t: put(t, 3, "activation", float("nan")), TOKENS), "activations: values",
+        rewritten("activations", lambda t: put(t, 3, "activation", float("nan")), TOKENS),
+        "activations: values",
     ),
     "zero": (rewritten("activations", lambda t: put(t, 3, "activation", 0.0), TOKENS), "activations: values"),
     "no bfloat16": (
-        rewritten("activations", lambda t: put(t, 3, "activation", 1.0001), TOKENS), "activations: values",
+        rewritten("activations", lambda t: put(t, 3, "activation", 1.0001), TOKENS),
+        "activations: values",
     ),
     "a feature too many": (
-        rewritten("activations", lambda t: put(t, t.num_rows - 1, "feature", 37), TOKENS), "activations: keys",
+        rewritten("activations", lambda t: put(t, t.num_rows - 1, "feature", 37), TOKENS),
+        "activations: keys",
     ),
     "of another unit": (rewritten("activations", of_another_unit("token"), TOKENS), "activations: keys"),
     "a NULL": (rewritten("documents", lambda t: put(t, 0, "source", None)), "documents: values"),
@@ -464,31 +526,44 @@ ROW_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a context twice": (rewritten("contexts", twice(0)), "contexts: order"),
     "BOS is counted": (rewritten("contexts", lists("counted", flip(0))), "contexts: counts"),
     "a token without a spelling": (
-        rewritten("contexts", lists("tokens", lambda tokens: tokens.__setitem__(1, 9999))), "contexts: keys",
+        rewritten("contexts", lists("tokens", lambda tokens: tokens.__setitem__(1, 9999))),
+        "contexts: keys",
     ),
     "a mark is missing": (rewritten("contexts", lists("counted", list.pop)), "contexts: counts"),
-    "a document's row twice": (rewritten("document_features", twice(0), DOCUMENTS), "document_features: order"),
+    "a document's row twice": (
+        rewritten("document_features", twice(0), DOCUMENTS),
+        "document_features: order",
+    ),
     "no active token": (
-        rewritten("document_features", lambda t: put(t, 0, "n_tokens", 0), DOCUMENTS), "document_features: counts",
+        rewritten("document_features", lambda t: put(t, 0, "n_tokens", 0), DOCUMENTS),
+        "document_features: counts",
     ),
     "a histogram's count": (
-        rewritten("features", lists("bin_tokens", bump(0)), NONE, 0), "features: counts",
+        rewritten("features", lists("bin_tokens", bump(0)), NONE, 0),
+        "features: counts",
     ),
     "more documents than contexts": (
-        rewritten("features", add("n_documents", 50), NONE, 0), "features: counts",
+        rewritten("features", add("n_documents", 50), NONE, 0),
+        "features: counts",
     ),
     "a window without its middle": (
-        rewritten("top_contexts", lists("offsets", bump(0)), NONE, 0), "top_contexts: windows",
+        rewritten("top_contexts", lists("offsets", bump(0)), NONE, 0),
+        "top_contexts: windows",
     ),
     "a window where rows are kept": (
-        rewritten("top_contexts", lambda t: put(t, 0, "offsets", [0]), TOKENS), "top_contexts: windows",
+        rewritten("top_contexts", lambda t: put(t, 0, "offsets", [0]), TOKENS),
+        "top_contexts: windows",
     ),
-    "another stratum": (rewritten("sampled_contexts", add("stratum", -9), NONE, 0), "sampled_contexts: values"),
+    "another stratum": (
+        rewritten("sampled_contexts", add("stratum", -9), NONE, 0),
+        "sampled_contexts: values",
+    ),
     "no size of a stratum": (
-        rewritten("sampled_contexts", lambda t: put(t, 0, "population", 0), NONE, 0), "sampled_contexts: counts",
+        rewritten("sampled_contexts", lambda t: put(t, 0, "population", 0), NONE, 0),
+        "sampled_contexts: counts",
     ),
     "more sampled than counted": (rewritten("saes", add("sample_tokens", 1 << 20)), "saes: counts"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ROW_DAMAGES)
@@ -535,7 +610,9 @@ TABLE_DAMAGES: list[tuple[str, list[Callable[[Path], None]], list[Seen]]] = [
             rewritten("contexts", add("place_hash", 1), ordinal=1),
             rewritten("contexts", add("first", 1), ordinal=4),
             rewritten("documents", lambda t: put(t, 0, "run", 2), ordinal=5),
-            lambda index: edit(commit_of(index, 3), tokens=json.loads(commit_of(index, 3).read_text())["tokens"] - 1),
+            lambda index: edit(
+                commit_of(index, 3), tokens=json.loads(commit_of(index, 3).read_text())["tokens"] - 1
+            ),
         ],
         [
             Seen("documents", "read = indexed + quarantined, each row once"),
@@ -554,7 +631,7 @@ TABLE_DAMAGES: list[tuple[str, list[Callable[[Path], None]], list[Seen]]] = [
         [
             rewritten("activations", drop(1), TOKENS),
             rewritten("document_features", drop(1), DOCUMENTS),
-            rewritten("activations", drop(0), SAMPLED, 0),
+            in_a_sampled_unit(drop(0)),
             rewritten("sampled_contexts", drop(1), NONE, 0),
         ],
         [
@@ -569,16 +646,18 @@ TABLE_DAMAGES: list[tuple[str, list[Callable[[Path], None]], list[Seen]]] = [
         "values that are changed by one step",
         [
             rewritten("activations", step("activation", 2), TOKENS),
-            rewritten("activations", step("activation"), SAMPLED, 0),
+            in_a_sampled_unit(step("activation")),
             rewritten("document_features", add("sum", 1e-3, 7), DOCUMENTS),
             rewritten("features", step("max"), NONE, 0),
             rewritten("saes", lambda t: put(t, 3, "n_active", 1)),
+            rewritten("top_contexts", add("ending", 1), NONE, 0),
         ],
         [
             Seen(f"document_features of {TOKENS}", "are recomputed from activations"),
             Seen(f"features of {TOKENS}", "are recomputed from activations", "sums differ"),
             Seen(f"document_features of {SAMPLED}", "are recomputed from activations"),
             Seen(f"document_features of {DOCUMENTS}", "add up to features"),
+            Seen(f"top_contexts of {NONE}", "have the hash of their ending"),
         ],
     ),
     (
@@ -586,7 +665,7 @@ TABLE_DAMAGES: list[tuple[str, list[Callable[[Path], None]], list[Seen]]] = [
         [rewritten("features", add("squares_low", 1, 9), TOKENS, 0)],
         [Seen(f"features of {TOKENS}", "are recomputed from activations", "sums differ")],
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", TABLE_DAMAGES, ids=[case[0] for case in TABLE_DAMAGES])
@@ -611,8 +690,11 @@ def candidates(index: Path, kind: str, sae: str) -> Iterator[tuple[int, int, dic
             yield from ((ordinal, number, row) for number, row in enumerate(rows))
 
 
-def test_tops_and_samples_that_are_not_the_right_ones_are_named(tmp_path: Path, small_index: Path) -> None:
+def test_tops_and_samples_that_are_not_the_right_ones_are_named(
+    tmp_path: Path, small_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The best context left out, another position, a population and a lot that are wrong."""
+    monkeypatch.setattr("queries.verify._EXAMPLES", 99)
     index = copy(small_index, tmp_path)
     best: dict[int, tuple[int, int, dict[str, Any]]] = {}
     for item in candidates(index, "top_contexts", TOKENS):
@@ -633,7 +715,11 @@ def test_tops_and_samples_that_are_not_the_right_ones_are_named(tmp_path: Path, 
     wanted = [
         Seen(TOP, "begin with the features' maxima", "feature 9:"),
         Seen(TOP, "are recomputed from activations", f"feature 9, rank 1: context {context} "),
-        Seen(TOP, "are recomputed from activations", f"not {moved['context']} position {moved['position'] - 1} "),
+        Seen(
+            TOP,
+            "are recomputed from activations",
+            f"not {moved['context']} position {moved['position'] - 1} ",
+        ),
         Seen(DRAWN, "strata hold all contexts of a feature", "feature 12"),
         Seen(DRAWN, "are recomputed from activations", f"feature 14, stratum {drawn[2]['stratum']}"),
     ]
@@ -650,7 +736,9 @@ def manifest_of(index: Path, kind: str) -> tuple[Path, str]:
     raise AssertionError(kind)
 
 
-def rewrite_merged(index: Path, kind: str, change: Callable[[pa.Table], pa.Table], sae: str | None = None) -> None:
+def rewrite_merged(
+    index: Path, kind: str, change: Callable[[pa.Table], pa.Table], sae: str | None = None
+) -> None:
     head, path = manifest_of(index, kind)
     write(index / path, change, sae)
     fit(index, head, path)
@@ -666,19 +754,25 @@ MERGED_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a commit is gone": (lambda i: commit_of(i, 2).unlink(), "runs hold committed units"),
     "a manifest is gone": (lambda i: next((i / "manifests").glob("run-*")).unlink(), "files are there"),
     "a manifest is no JSON": (
-        lambda i: next((i / "manifests").glob("node-*")).write_text("!"), "manifests are readable",
+        lambda i: next((i / "manifests").glob("node-*")).write_text("!"),
+        "manifests are readable",
     ),
     "a snapshot is no JSON": (
-        lambda i: max((i / "snapshots").glob("*.json")).write_text("!"), "snapshots are readable",
+        lambda i: max((i / "snapshots").glob("*.json")).write_text("!"),
+        "snapshots are readable",
     ),
     "a run of fewer units": (lambda i: edit_manifest(i, "run", units=[[0, 3]]), "what runs know of units"),
     "a unit that is not given up": (lambda i: edit_manifest(i, "run", gone=[[2, 3]]), "runs are apart"),
-    "a child that is gone": (lambda i: edit_manifest(i, "node", children=["manifests/x.json"]), "files are there"),
+    "a child that is gone": (
+        lambda i: edit_manifest(i, "node", children=["manifests/x.json"]),
+        "files are there",
+    ),
     "rows out of order": (lambda i: rewrite_merged(i, "activations", swapped, TOKENS), "activations: order"),
     "a document out of order": (
-        lambda i: rewrite_merged(i, "by_document", lambda t: t.take([*range(1, t.num_rows), 0])), "by_document: order",
+        lambda i: rewrite_merged(i, "by_document", lambda t: t.take([*range(1, t.num_rows), 0])),
+        "by_document: order",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MERGED_DAMAGES)
