@@ -103,7 +103,7 @@ FROM (
     UNION ALL SELECT feature, context, position + unnest(offsets) FROM _drawn
 ) AS w
 LEFT JOIN $contexts AS c ON c.context = w.context
-WHERE NOT coalesce(c.counted[near + 1], false);
+WHERE near < 0 OR NOT coalesce(c.counted[near + 1], false);
 
 -- # document_features: are of documents with that many tokens (documents)
 SELECT 'feature ' || feature || ', document ' || f.document

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +26,7 @@ from click.testing import CliRunner
 from jobs.cli import cli
 from pipelines import compaction, gc
 from pipelines.audit import audit
+from pipelines.executors.base import Committed
 from pipelines.findings import Fault, Findings
 from pipelines.storage import Store
 from queries.verify import verify
@@ -202,6 +204,34 @@ def test_units_that_are_not_committed_yet_are_no_fault(tmp_path: Path, small_ind
     sorted((index / "commits").rglob("*.json"))[2].unlink()
     findings = check(index)
     assert (findings.faults, findings.units, findings.committed) == ([], FILES, FILES - 1)
+
+
+def test_while_a_scan_runs(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any], tiny_suites: Path,
+    tiny_corpus: Path,
+) -> None:  # fmt: skip
+    seen: list[tuple[int, list[str]]] = []
+
+    def observe(event: Any) -> None:
+        if isinstance(event, Committed) and len(seen) < 3:
+            findings = check(tmp_path / "index")
+            seen.append((findings.committed, [str(fault) for fault in findings.faults]))
+
+    scan_inline(write_spec(tmp_path, **small(tiny_suites, tiny_corpus)), observe=observe)
+    assert seen == [(1, []), (2, []), (3, [])]
+
+
+def test_on_another_filesystem(small_index: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.put(str(small_index), "/verify", recursive=True)
+    try:
+        findings = verify("memory://verify")
+        assert (findings.faults, findings.committed) == ([], FILES)
+        name = json.loads(commit_of(small_index, 1).read_text())["files"]["saes"]["path"]
+        fs.rm_file(f"/verify/{name}")
+        assert [fault.check for fault in verify("memory://verify").faults] == ["files are there"]
+    finally:
+        fs.rm("/verify", recursive=True)
 
 
 def test_no_index_is_wrong_input(tmp_path: Path) -> None:
@@ -599,6 +629,16 @@ def uncounted(table: pa.Table) -> pa.Table:
     return lists("counted", flip(-1))(table)
 
 
+def higher(table: pa.Table) -> pa.Table:
+    """Every row's activation eight times as high, in the middle of its window too."""
+    for row in range(table.num_rows):
+        value = table["activation"][row].as_py()
+        middle = table["offsets"][row].as_py().index(0)
+        table = lists("values", lambda values, at=middle, v=value: values.__setitem__(at, 8 * v), row)(table)
+        table = put(table, row, "activation", 8 * value)
+    return table
+
+
 TOP, DRAWN = f"top_contexts of {TOKENS}", f"sampled_contexts of {TOKENS}"
 TABLE_DAMAGES: list[tuple[str, list[Callable[[Path], None]], list[Seen]]] = [
     (
@@ -658,6 +698,22 @@ TABLE_DAMAGES: list[tuple[str, list[Callable[[Path], None]], list[Seen]]] = [
             Seen(f"document_features of {SAMPLED}", "are recomputed from activations"),
             Seen(f"document_features of {DOCUMENTS}", "add up to features"),
             Seen(f"top_contexts of {NONE}", "have the hash of their ending"),
+        ],
+    ),
+    (
+        "summaries of SAEs whose rows are not kept",
+        [
+            rewritten("top_contexts", lambda t: put(t, 0, "position", 0), DOCUMENTS, 0),
+            rewritten("sampled_contexts", lambda t: put(t, 0, "position", 0), NONE, 0),
+            rewritten("top_contexts", higher, DOCUMENTS, 2),
+            rewritten("document_features", add("n_tokens", 10_000, 3), DOCUMENTS, 0),
+        ],
+        [
+            Seen(f"top_contexts of {DOCUMENTS}", "are at counted tokens"),
+            Seen(f"windows of {DOCUMENTS}", "are at counted tokens"),
+            Seen(f"sampled_contexts of {NONE}", "are at counted tokens"),
+            Seen(f"top_contexts of {DOCUMENTS}", "are the documents' maxima"),
+            Seen(f"document_features of {DOCUMENTS}", "are of documents with that many tokens"),
         ],
     ),
     (
