@@ -53,8 +53,8 @@ WHERE abs(t.activation) IS DISTINCT FROM abs(m.max);
 
 -- # top_contexts: are at counted tokens
 SELECT 'feature ' || feature || ', context ' || t.context || ', position ' || position
-FROM _top AS t LEFT JOIN $contexts AS c ON c.context = t.context
-WHERE NOT coalesce(c.counted[position + 1], false);
+FROM $top_contexts AS t LEFT JOIN $contexts AS c ON c.context = t.context
+WHERE t.sae = $sae AND NOT coalesce(c.counted[position + 1], false);
 
 -- # top_contexts: are of different documents and endings
 SELECT 'feature ' || feature || ': document ' || document || ' twice'
@@ -74,8 +74,12 @@ WHERE t.sae = $sae AND t.ending <> _ending(c.tokens[greatest(position - 15, 0) +
 
 -- # sampled_contexts: are at counted tokens
 SELECT 'feature ' || feature || ', context ' || t.context || ', position ' || position
-FROM _drawn AS t LEFT JOIN $contexts AS c ON c.context = t.context
-WHERE NOT coalesce(c.counted[position + 1], false);
+FROM (
+    SELECT sae, feature, context, position FROM $sampled_contexts
+    UNION ALL SELECT sae, feature, context, position FROM $sampled_merged
+) AS t
+LEFT JOIN $contexts AS c ON c.context = t.context
+WHERE t.sae = $sae AND NOT coalesce(c.counted[position + 1], false);
 
 -- # sampled_contexts: strata hold all contexts of a feature
 SELECT 'feature ' || coalesce(m.feature, s.feature) || ': ' || coalesce(n, 0) || ' contexts in strata, '
@@ -99,8 +103,9 @@ WHERE s.sae = $sae AND s.hash <> _lot($seed::UBIGINT, feature, place_hash);
 -- # windows: are at counted tokens
 SELECT 'feature ' || feature || ', context ' || w.context || ', position ' || near
 FROM (
-    SELECT feature, context, position + unnest(offsets) AS near FROM _top
-    UNION ALL SELECT feature, context, position + unnest(offsets) FROM _drawn
+    SELECT feature, context, position + unnest(offsets) AS near FROM $top_contexts WHERE sae = $sae
+    UNION ALL SELECT feature, context, position + unnest(offsets) FROM $sampled_contexts WHERE sae = $sae
+    UNION ALL SELECT feature, context, position + unnest(offsets) FROM $sampled_merged WHERE sae = $sae
 ) AS w
 LEFT JOIN $contexts AS c ON c.context = w.context
 WHERE near < 0 OR NOT coalesce(c.counted[near + 1], false);
