@@ -223,7 +223,7 @@ def sql(index: str, statement: str | None, script: bool, format_: str, output: s
     from queries.lookup import column_names, rows, select
 
     if script:
-        click.echo(";\n\n".join(statements(Store(index))) + ";")
+        click.echo(";\n\n".join(statements(Store(index))) + ";", color=True)  # nothing is left out
         return
     if statement is None:
         raise InputError('sql: a statement is missing; for example "SELECT * FROM saes"')

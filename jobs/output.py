@@ -23,6 +23,8 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from sae_runtime.terminal import escaped, plain
+
 FORMATS = ("table", "json", "jsonl", "csv")
 TABLE_ROWS = 1000
 _WIDE = 10_000  # columns of a console that is no terminal: lines are left whole
@@ -63,8 +65,8 @@ def show(view: RenderableType) -> None:
 
 
 def message(text: str) -> None:
-    """One line for people, on stderr."""
-    click.echo(text, err=True)
+    """One line for people, on stderr; what is in it from files and names cannot steer the terminal."""
+    click.echo(plain(text), err=True)
 
 
 def count(number: int, noun: str) -> str:
@@ -99,7 +101,7 @@ def _print_rows(rows: Iterable[dict[str, Any]], format_: str, columns: Sequence[
         _print_json(rows)
     elif format_ == "jsonl":
         for row in rows:
-            click.echo(json.dumps(_plain(row), ensure_ascii=False))
+            click.echo(_json(row))
     elif format_ == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(columns)
@@ -124,7 +126,7 @@ def print_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
             cells[name] = [_cut(text, room) for text in cells[name]]
         numeric = any(isinstance(row[name], (int, float, decimal.Decimal)) for row in rows)
         justify: Literal["left", "right"] = "right" if numeric else "left"
-        table.add_column(escape(name), justify=justify, overflow="fold", no_wrap=numeric)
+        table.add_column(escape(plain(name)), justify=justify, overflow="fold", no_wrap=numeric)
     for values in zip(*cells.values(), strict=True):
         table.add_row(*map(escape, values))
     show(table)
@@ -138,16 +140,21 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(escape(name), escape(value))
+        table.add_row(escape(name), escape(plain(value)))
     show(table)
 
 
 def _print_json(rows: Iterable[dict[str, Any]]) -> None:
     before = "["
     for row in rows:
-        click.echo(f"{before}\n{json.dumps(_plain(row), ensure_ascii=False, indent=1)}", nl=False)
+        click.echo(f"{before}\n{_json(row, indent=1)}", nl=False)
         before = ","
     click.echo("[]" if before == "[" else "\n]")
+
+
+def _json(row: dict[str, Any], indent: int | None = None) -> str:
+    """JSON with letters as they are; what would steer a terminal is escaped, as JSON may have it."""
+    return escaped(json.dumps(_plain(row), ensure_ascii=False, indent=indent))
 
 
 def _plain(value: Any) -> Any:
@@ -187,8 +194,8 @@ def _shown(value: Any) -> str:
         return f"[{', '.join(_shown(v) for v in value[:_LIST])}, … {len(value)}]"
     text = str(_cell(value))
     if _drawn(text):
-        return text
-    text = text.replace("\n", "↵")
+        return plain(text, keep="\n")
+    text = plain(text)
     return text if len(text) <= _CELL else text[: _CELL - 1] + "…"
 
 

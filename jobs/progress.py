@@ -16,6 +16,7 @@ from jobs.output import count, message, placed
 from pipelines.executors.base import Committed, Event, Failed
 from pipelines.executors.base import Progress as InFlight
 from pipelines.scan import Started
+from sae_runtime.terminal import plain
 
 _LINE_EVERY = 10.0  # seconds
 
@@ -124,7 +125,7 @@ class ScanProgress:
 
     def _say(self, text: str) -> None:
         if self.bar is not None:
-            self.bar.console.print(text, markup=False)
+            self.bar.console.print(plain(text), markup=False)
         else:
             message(text)
 

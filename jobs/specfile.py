@@ -24,7 +24,9 @@ from pipelines.spec import (
     Sample,
     ScanSpec,
 )
+from sae_runtime import yamls
 from sae_runtime.errors import InputError, one_line
+from sae_runtime.terminal import plain
 
 _MODELS: dict[str, type[BaseModel]] = {
     "corpus": CorpusSource,
@@ -36,7 +38,7 @@ _MODELS: dict[str, type[BaseModel]] = {
 }
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yamls.Loader):
     """YAML in which a key that is given twice is an error, not the last one's."""
 
 
@@ -60,7 +62,11 @@ def load_spec(path: str, index: str | None = None) -> tuple[ScanSpec, str]:
     """The spec at `path` and its text; `index` replaces the spec's own. Raises InputError."""
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        with open(file, "rb") as stream:
+            raw = stream.read(yamls.LIMIT + 1)
+        if len(raw) > yamls.LIMIT:
+            raise InputError(f"{path}: a spec has at most {yamls.LIMIT:,} bytes; shorten lists by globs")
+        text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"{path}: cannot read the spec: {problem}") from error
@@ -121,7 +127,7 @@ _TAGS = {"bool", "Exclusion", "Sample", "str"}
 
 def _dotted(place: Sequence[Any]) -> str:
     key = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in place)
-    return key.replace(".[", "[") or "spec"
+    return plain(key if len(key) <= 200 else f"{key[:199]}…").replace(".[", "[") or "spec"
 
 
 def _what(place: list[Any], problems: Sequence[Mapping[str, Any]]) -> str:
@@ -129,6 +135,8 @@ def _what(place: list[Any], problems: Sequence[Mapping[str, Any]]) -> str:
     first = problems[0]
     if first["type"] == "extra_forbidden":
         return f"unknown key{_suggestion(place)}"
+    if first["type"] == "invalid_key":
+        return "a key is text; no key of a spec is anything else"
     if first["type"] == "missing":
         return "this key is missing"
     own = next((problem for problem in problems if problem["type"] == "value_error"), None)
@@ -207,4 +215,7 @@ def _is_path(uri: str) -> bool:
 
 
 def _join(folder: Path, uri: str) -> str:
-    return os.path.normpath(folder / Path(uri).expanduser()) if _is_path(uri) else uri
+    try:
+        return os.path.normpath(folder / Path(uri).expanduser()) if _is_path(uri) else uri
+    except RuntimeError as error:
+        raise InputError(f"{uri}: there is no such home directory; write the path without ~") from error

@@ -275,17 +275,16 @@ def _readable(state: _State, ledger: Ledger, pairs: list[tuple[int, int]]) -> di
     """Commits by (ordinal, group), but for those that are damaged: a fault each."""
     try:
         found = dict(zip(pairs, ledger.read_commits(pairs), strict=True))
-    except _DAMAGE:
+    except _DAMAGE as error:
         if len(pairs) > 1:  # which of them?
             return {pair: each for one in pairs for pair, each in _readable(state, ledger, [one]).items()}
-        state.findings.broken(commit_name(*pairs[0]), "commits are readable", "is not a commit")
+        state.findings.broken(commit_name(*pairs[0]), "commits are readable", _why(error))
         return {}
-    return {pair: commit for pair, commit in found.items() if _is_sound(state, pair, commit)}
+    return {pair: commit for pair, commit in found.items() if _is_sound(state, commit)}
 
 
-def _is_sound(state: _State, pair: tuple[int, int], commit: Commit) -> bool:
-    """Whether a commit is one, of the unit and group that its name says."""
-    name = commit_name(*pair)
+def _is_sound(state: _State, commit: Commit) -> bool:
+    """Whether what a commit says can be what it is to be."""
     state.findings.files += 1
     state.findings.names |= {"commits are readable", _PLACE}
     try:
@@ -296,11 +295,7 @@ def _is_sound(state: _State, pair: tuple[int, int], commit: Commit) -> bool:
         for record in commit.files.values():
             _check_record(record)
     except TypeError as error:
-        state.findings.broken(name, "commits are readable", f"is not a commit: {error}")
-        return False
-    if (commit.ordinal, commit.group) != pair:
-        detail = f"says it is of unit {commit.ordinal}, group {commit.group}"
-        state.findings.broken(name, _PLACE, detail)
+        state.findings.broken(commit.name, "commits are readable", f"not a commit: {error}")
         return False
     return True
 
@@ -372,7 +367,7 @@ def _manifests(
         except FileNotFoundError:
             state.missing.append((_Owner(name), "", name))
         except _DAMAGE as error:
-            state.findings.broken(name, "manifests are readable", one_line(error))
+            state.findings.broken(name, "manifests are readable", _why(error))
         else:
             state.findings.files += 1
             state.findings.names.add("manifests are readable")
@@ -570,8 +565,9 @@ def _look_again(state: _State) -> None:
         return
     try:
         now = contents(state.store)
-    except (DataError, FileNotFoundError) as error:
-        state.findings.broken(PLANS, "files are there", one_line(error))
+    except (FileNotFoundError, *_DAMAGE):  # a fault already
+        for owner, _, path in state.missing:
+            state.findings.broken(path, "files are there", f"is missing; {owner.name} names it")
         return
     known = set(now.registered.known.tolist())
     for pair in state.unknown:
@@ -594,6 +590,12 @@ def _look_again(state: _State) -> None:
 
 
 # --- small things
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with JSON that cannot be used, less what the fault says already: where."""
+    text = one_line(error)
+    return text.split("damaged", 1)[-1].lstrip(":, ") if isinstance(error, DataError) else f"not ours: {text}"
 
 
 def _check_record(record: DataFileRecord) -> None:

@@ -15,6 +15,7 @@ from pipelines.registry import Plan, Unit, live_units, read_plan, unit_id
 from pipelines.schema import PLANS
 from pipelines.storage import Store, names
 from sae_runtime.errors import DataError
+from sae_runtime.yamls import Loader
 
 
 def audited_plans(store: Store, findings: Findings) -> list[Plan]:
@@ -63,7 +64,7 @@ def _sampled(plan: Plan) -> set[int]:
     if plan.kind != "scan":
         return set()
     try:
-        corpus = yaml.safe_load(plan.spec)["corpus"]
+        corpus = yaml.load(plan.spec, Loader)["corpus"]
         sources = corpus if isinstance(corpus, list) else [corpus]
         return {i for i, source in enumerate(sources) if source.get("sample") is not None}
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:

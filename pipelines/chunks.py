@@ -296,6 +296,8 @@ class _Trial:
             if not own or isinstance(error, CorpuscopeError) or is_infrastructure(error):
                 raise
             return line(error)
+        if not own:
+            return None
         source = np.flatnonzero(batch.counted)
         target = np.concatenate([np.arange(self.starts[m], self.starts[m + 1]) for m in members if m in own])
         for site, x in activations.items():

@@ -169,9 +169,9 @@ def settle(
     told: Callable[[Job], None] = lambda job: None,
 ) -> Done:
     """Merge what is due in a closed range of a level, if anything is."""
-    done = Done()
-    for due in (_due_run, _due_node):
-        job = due(found := resolve(store, registered, span), level)
+    done, found = Done(), resolve(store, registered, span)
+    for due in (_due_run, _due_node):  # merging rows changes nothing about summaries
+        job = due(found, level)
         if job is not None:
             told(job)
             done += _done(job, execute(found, job, run))
@@ -226,21 +226,7 @@ def _due_run(found: Contents, level: int) -> RunJob | None:
     runs = tuple(
         r for r in found.runs if r.level < level and first <= r.units[0][0] and r.units[-1][1] <= stop
     )
-    units = _apart(found)
-    return RunJob(level, runs, units) if len(runs) + len(units) >= 2 else None
-
-
-def _apart(found: Contents) -> np.ndarray:
-    """Units read from their own files, less those between the units of a run.
-
-    A unit that was dropped before it was scanned, and came back after its neighbours were merged, is such a
-    one: it stays alone, for merged spans must not interleave.
-    """
-    own = found.own
-    for run in found.runs:
-        if run.units:
-            own = own[(own < run.units[0][0]) | (own >= run.units[-1][1])]
-    return own
+    return RunJob(level, runs, found.own) if len(runs) + len(found.own) >= 2 else None
 
 
 def _due_node(found: Contents, level: int) -> NodeJob | None:
@@ -265,7 +251,7 @@ def _due_fully(found: Contents) -> Job | None:
     pieces: list[tuple[int, int, Run | None]] = [
         (run.units[0][0], _rows(run.files.get("activations", ())), run) for run in found.runs if run.units
     ]
-    own = itertools.groupby(found.commits_of(_apart(found)), key=lambda commit: commit.ordinal)
+    own = itertools.groupby(found.commits_of(found.own), key=lambda commit: commit.ordinal)
     pieces += [(ordinal, _own_rows(list(commits), "activations"), None) for ordinal, commits in own]
     pieces.sort(key=lambda piece: piece[0])
     wanted = max(PART_ROWS, sum(rows for _, rows, _ in pieces) // PARTS)

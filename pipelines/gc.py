@@ -26,7 +26,7 @@ from pipelines.ledger import Ledger
 from pipelines.ordinals import pack, unpack
 from pipelines.registry import Plan, objects
 from pipelines.schema import DATA, MANIFESTS, PLANS, REPLACED, SNAPSHOTS
-from pipelines.snapshots import Node, Run, read_nodes, read_runs
+from pipelines.snapshots import Node, Run, read_nodes, read_runs, snapshot_name
 from pipelines.storage import Entry, Store
 
 READERS = 600.0
@@ -141,7 +141,7 @@ def _garbage(
         if entry.name not in needed:
             at = replaced.get(entry.name)
             yield entry, now - entry.modified >= unfinished or (at is not None and now - at >= readers)
-    newest = f"{SNAPSHOTS}/{found.snapshot.number:06d}.json"
+    newest = snapshot_name(found.snapshot.number)
     for entry in _listed(store, SNAPSHOTS):
         if entry.name < newest:
             yield entry, now - entry.modified >= unfinished  # until then they tell what was replaced when

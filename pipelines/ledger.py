@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.names import inside
 from pipelines.registry import Plan, dump, objects, read_plans, write_plan
 from pipelines.schema import COMMITS, FORMAT, INDEX
 from pipelines.storage import Store, names
-from sae_runtime.errors import InputError
+from sae_runtime.errors import DataError, InputError
 
 SPAN = 4096  # ordinals of a folder of commits
 
@@ -116,12 +117,19 @@ class Ledger:
             ]
             wanted = set(ordinals.tolist())
             found = [name for name in found if _ordinal(name) in wanted]
-        read = (_commit(data) for data in objects(self.store, [f"{COMMITS}/{name}.json" for name in found]))
+        read = self._read([f"{COMMITS}/{name}.json" for name in found])
         return {(commit.ordinal, commit.group): commit for commit in read}
 
     def read_commits(self, pairs: Sequence[tuple[int, int]]) -> list[Commit]:
         """Commits that exist, by (ordinal, group)."""
-        return [_commit(data) for data in objects(self.store, [commit_name(*pair) for pair in pairs])]
+        return self._read([commit_name(*pair) for pair in pairs])
+
+    def _read(self, items: list[str]) -> list[Commit]:
+        commits = [_commit(data) for data in objects(self.store, items)]
+        for item, commit in zip(items, commits, strict=True):
+            if commit.name != item:
+                raise DataError(f"{self.store.uri}/{item}: damaged: it says that it is {commit.name}")
+        return commits
 
     def commit(self, commit: Commit) -> bool:
         """Publish a unit's group. False when another attempt was first: its files stay the truth."""
@@ -130,6 +138,8 @@ class Ledger:
 
 def _commit(data: dict[str, Any]) -> Commit:
     files = {kind: DataFileRecord(**record) for kind, record in data.pop("files").items()}
+    for kind, file in files.items():
+        inside(file.path, kind)
     return Commit(files=files, poison=tuple(data.pop("poison")), **data)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from types import TracebackType
 from typing import IO, Any
 
@@ -53,13 +52,6 @@ class MergeRule:
         return documents_schema({name: metadata_type(of) for name, of in self.metadata.items()})
 
 
-def check_order(parts: Sequence[Part]) -> None:
-    """ValueError unless the parts' spans ascend and are disjoint."""
-    for before, after in pairwise(parts):
-        if before.ordinals[1] > after.ordinals[0]:
-            raise ValueError(f"parts {before.ordinals} and {after.ordinals} are not in order")
-
-
 def left_out(part: Part, omit: frozenset[int]) -> np.ndarray | None:
     """The part's ordinals that are omitted, int64 sorted; None if there is none."""
     found = sorted(ordinal for ordinal in omit if part.ordinals[0] <= ordinal < part.ordinals[1])
@@ -76,6 +68,7 @@ class Inputs:
 
     def __init__(self, store: Store, columns: Sequence[str]) -> None:
         self._store, self.columns = store, list(columns)
+        self._dictionaries = ["sae"] if "sae" in columns else None
         self._open: dict[str, tuple[IO[bytes], pq.ParquetFile]] = {}
 
     def __enter__(self) -> Inputs:
@@ -98,7 +91,7 @@ class Inputs:
             stream: IO[bytes] = self._store.open(name)
             try:
                 with self._reading(name):
-                    file = pq.ParquetFile(stream, read_dictionary=[c for c in self.columns if c == "sae"])
+                    file = pq.ParquetFile(stream, read_dictionary=self._dictionaries)
                 missing = sorted(set(self.columns) - set(file.schema_arrow.names))
                 if missing:
                     raise DataError(f"{self._store.uri}/{name}: damaged: no column {', '.join(missing)}")
@@ -130,7 +123,7 @@ class Inputs:
 
 class Output:
     """Merged files of one kind. A file ends near the target size: where a feature (or document) does, or at
-    twice that size anywhere. Leaving the `with` block by an exception closes what is open without a record.
+    twice that size anywhere. Leaving the `with` block by an exception closes what is open, without a record.
     """
 
     def __init__(self, store: Store, kind: str, rule: MergeRule, stem: str) -> None:
@@ -151,6 +144,7 @@ class Output:
             self._finish()
         elif self._open is not None:
             stream, writer = self._open
+            stream.discard()
             writer.close()
             stream.close()
 

@@ -6,6 +6,7 @@ Invariant: every value is copied as it is; an SAE's rows come out in order of (f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -17,14 +18,13 @@ from pipelines.merge_files import (
     MergeRule,
     Output,
     Part,
-    check_order,
     conformed,
     left_out,
     present,
     without,
 )
-from pipelines.merge_runs import Budget, Prepare, Run, in_runs, row_groups, windows
-from pipelines.schema import LOCAL_BITS
+from pipelines.merge_runs import Budget, Prepare, RowGroup, Run, in_runs, row_groups, windows
+from pipelines.schema import LOCAL_BITS, SCHEMAS
 from pipelines.storage import Store
 from pipelines.writer import ROWS_PER_GROUP, sae_column
 
@@ -42,10 +42,9 @@ def merge_rows(
 ) -> dict[str, list[DataFileRecord]]:
     """Merge activations, document_features and by_document of some SAEs, units of `omit` left out.
 
-    Parts are in order of their ordinals. Kinds without rows are not in the answer. DataError for an input
-    that is damaged.
+    Parts are of different units, in order of their first ordinals. Kinds without rows are not in the
+    answer. DataError for an input that is damaged.
     """
-    check_order(parts)
     found = {}
     for kind, column, tokens in (("activations", "token", rule.length), ("document_features", "document", 1)):
         found[kind] = _by_feature(store, parts, saes, rule, stem, omit, kind, column, tokens)
@@ -75,13 +74,13 @@ def _by_feature(
         cutter = Cutter(output, ROWS_PER_GROUP)
         for sae in saes:
             runs = [
-                Run(inputs, run, "feature", prepare)
+                Run.of(inputs, run, "feature", prepare)
                 for prepare, groups in found
                 for run in in_runs([group for group in groups if group.sae == sae], "feature")
             ]
-            for batches, _ in windows(runs, _BUDGET):
+            for batches, _ in windows(runs, _BUDGET, column):
                 if batches:
-                    columns = _sorted(batches)
+                    columns = _sorted(batches, column)
                     feature = columns["feature"]
                     arrays = [sae_column(sae, len(feature)), *map(pa.array, columns.values())]
                     cutter.add(pa.Table.from_arrays(arrays, schema=schema), feature)
@@ -103,24 +102,30 @@ def _omitting(part: Part, omit: frozenset[int], schema: pa.Schema, column: str, 
     return prepare
 
 
-def _sorted(batches: Sequence[pa.RecordBatch]) -> dict[str, np.ndarray]:
-    """Columns of all batches, sorted by feature; inside a feature in the order given.
+def _sorted(batches: Sequence[pa.RecordBatch], column: str) -> dict[str, np.ndarray]:
+    """Columns of all batches, sorted by feature, then `column`.
 
-    What is moved are stretches of equal features: sorting those costs little beside a sort of the rows.
+    Batches are so already. What is moved are stretches of equal features, of earlier batches first: sorting
+    those costs little beside a sort of the rows, which is left to parts whose units interlace.
     """
     columns = _columns(batches)
     key = columns["feature"]
     start = np.concatenate([np.zeros(1, np.int64), np.flatnonzero(key[1:] != key[:-1]) + 1])
     feature = key[start]
-    if (feature[1:] > feature[:-1]).all():
-        return columns
-    order = np.argsort(feature, kind="stable")
-    length = np.diff(start, append=len(key))[order]
-    index = np.arange(len(key)) + np.repeat(start[order] - (np.cumsum(length) - length), length)
-    return {
-        name: np.repeat(feature[order], length) if name == "feature" else values[index]
-        for name, values in columns.items()
-    }
+    if not (feature[1:] > feature[:-1]).all():
+        order = np.argsort(feature, kind="stable")
+        length = np.diff(start, append=len(key))[order]
+        index = np.arange(len(key)) + np.repeat(start[order] - (np.cumsum(length) - length), length)
+        columns = {
+            name: np.repeat(feature[order], length) if name == "feature" else values[index]
+            for name, values in columns.items()
+        }
+    then = columns[column]
+    below = np.flatnonzero(then[1:] < then[:-1])
+    if (columns["feature"][below] == columns["feature"][below + 1]).any():
+        order = np.lexsort((then, columns["feature"]))
+        columns = {name: values[order] for name, values in columns.items()}
+    return columns
 
 
 def _by_document(
@@ -134,59 +139,61 @@ def _by_document(
     schema = rule.schema("by_document")
     names = pa.array(saes, pa.string())
     with Inputs(store, schema.names) as inputs, Output(store, "by_document", rule, stem) as output:
-        cutter = Cutter(output, _DOCUMENT_ROWS)
+        runs: list[Run] = []
         for part in present(parts, omit):
             prepare = _numbered(schema, saes, left_out(part, omit))
-            found = _merged_documents if part.merged else _unit_documents
-            for columns in found(inputs, part, saes, prepare):
+            if part.merged:
+                groups = row_groups(inputs, part, "by_document", "sae", "document")
+                wanted = [group for group in groups if _meets(group, saes)]
+                runs.extend(Run.of(inputs, run, "document", prepare) for run in in_runs(wanted, "document"))
+            elif own := part.files.get("document_features"):
+                lowest = part.ordinals[0] << LOCAL_BITS
+                runs.append(Run(own[0], "document", lowest, partial(_unit, store, part, saes, prepare)))
+        cutter = Cutter(output, _DOCUMENT_ROWS)
+        for batches, _ in windows(runs, _BUDGET):
+            if batches:
+                columns = _columns(batches)
+                if len(batches) > 1:  # of other SAEs, or of units that interlace
+                    order = np.lexsort((columns["feature"], columns["sae"], columns["document"]))
+                    columns = {name: values[order] for name, values in columns.items()}
                 sae = pa.DictionaryArray.from_arrays(pa.array(columns.pop("sae")), names)
                 table = pa.Table.from_arrays([sae, *map(pa.array, columns.values())], schema=schema)
                 cutter.add(table, columns["document"])
-            inputs.close()  # parts come one after the other
         cutter.end()
     return output.records
 
 
-def _unit_documents(
-    inputs: Inputs, part: Part, saes: Sequence[str], prepare: Prepare
-) -> Iterator[dict[str, np.ndarray]]:
-    """A unit's document_features by (document, SAE, feature), at once.
+def _meets(group: RowGroup, saes: Sequence[str]) -> bool:
+    """Whether a row group may have rows of some of the SAEs."""
+    first, last = group.spans["sae"]
+    return any(first <= sae <= last for sae in saes)
+
+
+def _unit(
+    store: Store, part: Part, saes: Sequence[str], prepare: Prepare, rows: int
+) -> Iterator[pa.RecordBatch]:
+    """A unit's document_features by (document, SAE, feature), in one batch.
 
     Read SAE by SAE they are so but for the document: an SAE has a document's rows in one run.
     """
-    groups = row_groups(inputs, part, "document_features", "sae")
-    wanted = [group for sae in saes for group in groups if group.sae == sae]
-    batches = [
-        prepare(batch)
-        for group in wanted
-        for batch in inputs.batches(group.file, group.number, ROWS_PER_GROUP)
-    ]
+    with Inputs(store, SCHEMAS["document_features"].names) as inputs:
+        groups = row_groups(inputs, part, "document_features", "sae")
+        wanted = [group for sae in saes for group in groups if group.sae == sae]
+        batches = [
+            prepare(batch)
+            for group in wanted
+            for batch in inputs.batches(group.file, group.number, ROWS_PER_GROUP)
+        ]
     if not batches:
         return
     columns = _columns(batches)
     local = columns["document"] & ((1 << LOCAL_BITS) - 1)
-    if local.max() < 1 << 16:  # which numpy sorts by radix
+    if local.max(initial=0) < 1 << 16:  # which numpy sorts by radix
         local = local.astype(np.uint16)
     order = np.argsort(local, kind="stable")
-    yield {name: values[order] for name, values in columns.items()}
-
-
-def _merged_documents(
-    inputs: Inputs, part: Part, saes: Sequence[str], prepare: Prepare
-) -> Iterator[dict[str, np.ndarray]]:
-    """A merged part's by_document, which may lie in several ranges of SAEs and hold others too."""
-    lowest, highest = min(saes), max(saes)
-    wanted = []
-    for group in row_groups(inputs, part, "by_document", "sae", "document"):
-        first, last = group.spans["sae"]
-        if first <= highest and lowest <= last:
-            wanted.append(group)
-    runs = [Run(inputs, run, "document", prepare) for run in in_runs(wanted, "document")]
-    for batches, _ in windows(runs, _BUDGET):
-        if batches:
-            columns = _columns(batches)
-            order = np.lexsort((columns["feature"], columns["sae"], columns["document"]))
-            yield {name: values[order] for name, values in columns.items()}
+    yield pa.RecordBatch.from_arrays(
+        [pa.array(values[order]) for values in columns.values()], schema=batches[0].schema
+    )
 
 
 def _numbered(schema: pa.Schema, saes: Sequence[str], ordinals: np.ndarray | None) -> Prepare:

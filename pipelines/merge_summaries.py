@@ -20,7 +20,6 @@ from pipelines.merge_files import (
     MergeRule,
     Output,
     Part,
-    check_order,
     conformed,
     without,
 )
@@ -48,10 +47,10 @@ def merge_summaries(
 ) -> dict[str, list[DataFileRecord]]:
     """Merge features, top_contexts, samples (as `sampled_merged`) and saes of some SAEs.
 
-    Parts are in order of their ordinals; those that are one unit's own have their `contexts` with them. Kinds
-    without rows are not in the answer. DataError for an input that is damaged.
+    Parts are of different units, in order of their first ordinals; those that are one unit's own name
+    `contexts` that have theirs, among others'. Kinds without rows are not in the answer. DataError for an
+    input that is damaged.
     """
-    check_order(parts)
     found = {
         "features": _by_feature(store, parts, saes, rule, stem, "features", _features),
         "top_contexts": _by_feature(store, parts, saes, rule, stem, "top_contexts", _top),
@@ -88,7 +87,7 @@ def _by_feature(
         cutter = Cutter(output, _ROWS)
         for sae in saes:
             runs = [
-                Run(inputs, run, "feature", _prepare(inner, sae, places if unhashed else None))
+                Run.of(inputs, run, "feature", _prepare(inner, sae, places if unhashed else None))
                 for inputs, groups, unhashed in found
                 for run in in_runs([group for group in groups if group.sae == sae], "feature")
             ]

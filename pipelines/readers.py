@@ -92,13 +92,13 @@ def _arrow() -> Iterator[None]:
         asked = re.search(r"size (\d+)", str(error))
         if asked is None or int(asked[1]) < ABSURD:
             raise
-        raise Damaged(line(error)) from error
+        raise Damaged(one_line(error)) from error
     except OSError as error:  # without a number: Arrow's own
         if error.errno is not None:
             raise
-        raise Damaged(line(error)) from error
+        raise Damaged(one_line(error)) from error
     except (pa.ArrowException, ValueError, KeyError, EOFError, OverflowError) as error:
-        raise Damaged(line(error)) from error
+        raise Damaged(one_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -255,7 +255,7 @@ class Decoded(io.RawIOBase):
         try:
             self._ready = memoryview(self._decoder.decompress(piece, PIECE))
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-            raise Damaged(f"the compressed data is damaged: {line(error)}") from error
+            raise Damaged(f"the compressed data is damaged: {one_line(error)}") from error
         if self._decoder.eof:
             self._left, self._inside = self._decoder.unused_data, False
         return True
@@ -344,7 +344,7 @@ def _decode_to(spool: IO[bytes], stream: IO[bytes]) -> None:
     while piece := stream.read(LINE_BUFFER):
         size += len(piece)
         if size > SPOOL:
-            raise Damaged(f"decodes to more than {SPOOL >> 30} GiB, which is not read; store it uncompressed")
+            raise Damaged(f"decodes to more than {SPOOL >> 20} MiB, which is not read; store it uncompressed")
         if shutil.disk_usage(tempfile.gettempdir()).free < SPARE + len(piece):
             raise OSError(errno.ENOSPC, "no room to decode a corpus file; set TMPDIR", tempfile.gettempdir())
         spool.write(piece)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import aiohttp
 import fsspec
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
@@ -48,14 +49,19 @@ _UNKNOWN_CAUSE = {"400", "403"}  # of answers without a body
 _ABORT_SECONDS = 5.0  # an upload that is given up is tidied away if that is quick
 _BULK = 1000  # objects that S3 removes by one request
 
-add_retryable_error(boto.IncompleteReadError)  # of a body; s3fs tries these again by itself
+
+class BodyError(ConnectionError):
+    """An answer broke off in its body."""
+
+
+add_retryable_error(BodyError)  # s3fs asks for the body again
 
 
 class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
-    """s3fs, patient. Errors that outlast `patience` are ConnectionError, TimeoutError or PermissionError."""
+    """s3fs, patient. Errors that outlast `patience` are ConnectionError or PermissionError."""
 
     patience: ClassVar[Patience] = Patience()
-    retries = 10  # of a body that was cut off, as s3fs counts them; each asks with `patience` again
+    retries = 10  # of a body that broke off, as s3fs counts them: half a minute of waits, and `patience` each
     _brakes: ClassVar[dict[str, Brake]] = defaultdict(Brake)  # by the server's address
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -114,8 +120,11 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
                     brake.throttled(sent, patience)
                 elif _status(error) in _REFUSED:
                     brake.answered()
-                if number > 1 and method == "complete_multipart_upload" and _code(error) == "NoSuchUpload":
-                    return await self._completed(kwargs, error)
+                if _code(error) == "NoSuchUpload":
+                    if method == "abort_multipart_upload":
+                        return {}
+                    if method == "complete_multipart_upload" and number > 1:
+                        return await self._completed(kwargs, error)
                 raise
             brake.answered()
             return answer
@@ -140,8 +149,10 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
             if method == "head_object" and _code(error) in _UNKNOWN_CAUSE:
                 await self._ask_why(client, kwargs)
             raise
+        if method == "get_object":
+            answer["Body"] = _Body(answer["Body"], _where(kwargs))
         if method == "delete_objects" and answer.get("Errors"):
-            raise boto.ClientError({"Error": answer["Errors"][0]}, method)
+            raise boto.ClientError({"Error": answer["Errors"][0]}, method)  # the first; all are asked again
         return answer
 
     async def _ask_why(self, client: Any, kwargs: dict[str, Any]) -> None:
@@ -177,11 +188,27 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
             text = (
                 f"{one_line(error)} (tried for {waited:g} s); see to the store or the network and run again"
             )
-            late = "Timeout" in type(error).__name__
-            kind, number = (TimeoutError, errno.ETIMEDOUT) if late else (ConnectionError, errno.EIO)
-            return kind(number, text, _where(kwargs))
+            return ConnectionError(errno.EIO, text, _where(kwargs))  # s3fs would go on with a TimeoutError
         told: Exception = translate_boto_error(error)
         return told
+
+
+class _Body:
+    """The body of an answer; what goes wrong while it is read is an OSError that names the object."""
+
+    def __init__(self, body: Any, where: str) -> None:
+        self._body, self._where = body, where
+
+    async def read(self, *amount: int) -> bytes:
+        try:
+            data: bytes = await self._body.read(*amount)
+            return data
+        except (aiohttp.ClientError, *_PASSING_ERRORS) as error:
+            text = f"{one_line(error)}; see to the store or the network and run again"
+            raise BodyError(errno.EIO, text, self._where) from error
+
+    def close(self) -> None:
+        self._body.close()
 
 
 def _where(kwargs: dict[str, Any]) -> str:
@@ -190,11 +217,12 @@ def _where(kwargs: dict[str, Any]) -> str:
 
 
 def _code(error: BaseException) -> str:
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    return str(error.response["Error"].get("Code", "")) if isinstance(error, boto.ClientError) else ""
 
 
 def _status(error: BaseException) -> int:
-    return int(getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    metadata = error.response.get("ResponseMetadata", {}) if isinstance(error, boto.ClientError) else {}
+    return int(metadata.get("HTTPStatusCode", 0))
 
 
 def _is_throttled(error: BaseException) -> bool:

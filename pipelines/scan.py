@@ -37,12 +37,13 @@ from pipelines.planning import (
     prepare,
 )
 from pipelines.quarantine import Tally
-from pipelines.registry import Unit
+from pipelines.registry import Unit, in_corpus_order
 from pipelines.schema import VOCABULARY
 from pipelines.selfcheck import MIN_TOKENS, complaints
 from pipelines.spec import ScanSpec
 from pipelines.storage import Store
 from pipelines.unit import Setup, Work
+from pipelines.upkeep import Upkeep
 from pipelines.vocabulary import vocabulary
 from sae_runtime.errors import CorpuscopeError, InputError, Interrupted
 from sae_runtime.model import load_tokenizer
@@ -129,8 +130,10 @@ def run_scan(
             _name_changes(planned, notice)
             if not todo.items:
                 return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
+            plans = (*planned.plans, planned.plan) if planned.is_new else planned.plans
+            registered = Registered(want, plans, tuple(in_corpus_order(plans)))
             return session.execute(
-                prepared, planned, groups, metadata, todo, observe, ledger, lease, notice, tally
+                prepared, planned, registered, metadata, todo, observe, ledger, lease, notice, tally
             )
 
 
@@ -158,7 +161,7 @@ class _Session:
         self,
         prepared: Prepared,
         planned: Planned,
-        groups: Sequence[Sequence[str]],
+        registered: Registered,
         metadata: dict[str, str],
         todo: _Todo,
         observe: Observer,
@@ -168,6 +171,7 @@ class _Session:
         tally: Tally,
     ) -> Outcome:
         """Run what is to be done."""
+        groups: list[list[str]] = registered.identity["groups"]
         by_id = {sae.id: sae for sae in prepared.saes}
         setup = Setup(
             spec=prepared.spec,
@@ -238,6 +242,7 @@ class _Session:
                 failed.append(event)
             observe(event)
             if isinstance(event, Committed):
+                upkeep.committed(work.unit.ordinal)
                 tally.add(event.commit)
                 tally.check()
 
@@ -245,8 +250,10 @@ class _Session:
             for event in given_up:
                 failures.close(event.work.unit, event.work.group, event.error, event.host)
 
+        upkeep = Upkeep(ledger.store, registered, (unit.ordinal for _, unit in todo), executor.merge, notice)
         try:
-            executor.run(items(), watch, failures.tried())
+            with upkeep:
+                executor.run(items(), watch, failures.tried())
         except CorpuscopeError:
             if not lease.lost:
                 close_accounts()

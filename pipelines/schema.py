@@ -4,7 +4,7 @@
     vocabulary.parquet             token, text, bytes
     plans/000000.json              registry, append-only: files, units with their ordinals, what is dropped
     commits/<range>/<unit>.<group>.json    the only truth about data: files with rows, bytes, checksum
-    snapshots/000000.json          which merged files stand for which units; manifests/ name those files
+    snapshots/<range>/<number>.json    which merged files stand for which units; manifests/ name those files
     data/<kind>/<unit>.<group>-<attempt>.parquet
     failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
     leases/<term>.json             who may scan; heartbeat.json says that they live

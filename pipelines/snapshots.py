@@ -1,6 +1,6 @@
 """Snapshots: which merged files stand for which units.
 
-    snapshots/000000.json                   names the runs and nodes that hold now
+    snapshots/<range>/000000000.json        names the runs and nodes that hold now
     manifests/<stem>.json                   one run or node: what it covers, its files with checksums
 
 A *run* holds the rows of many units, sorted by (sae, feature, ...); it replaces their own files. A *node*
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.ledger import DataFileRecord
+from pipelines.names import inside
 from pipelines.ordinals import Ranges
 from pipelines.registry import dump, objects
 from pipelines.schema import MANIFESTS, SNAPSHOTS
@@ -61,6 +62,7 @@ class Snapshot:
 
 
 NONE = Snapshot(-1)
+SPAN = 1000  # snapshots of a folder: to find the newest, two listings
 # Manifests never change, and a scan that compacts as it goes asks for the same ones again and again.
 _read: dict[tuple[str, str], tuple[dict[str, Any], Files]] = {}
 _READ_MOST = 1 << 12
@@ -68,10 +70,11 @@ _READ_MOST = 1 << 12
 
 def newest(store: Store) -> Snapshot:
     """The newest snapshot, or one of nothing."""
-    numbers = list(names(store, SNAPSHOTS, ".json"))
-    if not numbers:
+    folders = store.folders(SNAPSHOTS)
+    if not folders:
         return NONE
-    name = f"{SNAPSHOTS}/{numbers[-1]}.json"
+    folder = f"{SNAPSHOTS}/{folders[-1]}"
+    name = f"{folder}/{list(names(store, folder, '.json'))[-1]}.json"
     [data] = objects(store, [name])
     try:
         return Snapshot(int(data["number"]), tuple(data["runs"]), tuple(data["nodes"]))
@@ -87,7 +90,12 @@ def publish(store: Store, snapshot: Snapshot) -> bool:
         "runs": snapshot.runs,
         "nodes": snapshot.nodes,
     }
-    return store.put_if_absent(f"{SNAPSHOTS}/{snapshot.number:06d}.json", dump(head))
+    return store.put_if_absent(snapshot_name(snapshot.number), dump(head))
+
+
+def snapshot_name(number: int) -> str:
+    """Where a snapshot is."""
+    return f"{SNAPSHOTS}/{number // SPAN:06d}/{number:09d}.json"
 
 
 def write_run(store: Store, run: Run) -> None:
@@ -134,6 +142,9 @@ def _manifests(store: Store, manifests: Sequence[str]) -> list[tuple[str, dict[s
                 kind: tuple(DataFileRecord(**record) for record in records)
                 for kind, records in data["files"].items()
             }
+            for kind, merged in files.items():
+                for record in merged:
+                    inside(record.path, kind)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{store.uri}/{name}: damaged, not a manifest") from error
         found[name] = data, files

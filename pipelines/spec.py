@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,8 +23,16 @@ from pydantic import (
 
 from sae_runtime.sites import KINDS
 
-Text = Annotated[str, StringConstraints(min_length=1)]
-Count = Annotated[int, Field(strict=True, gt=0)]
+
+def _storable(value: str) -> str:
+    """Text that paths, SQL and Parquet can hold."""
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("text without the character NUL and without halves of characters is wanted")
+    return value
+
+
+Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_storable)]
+Count = Annotated[int, Field(strict=True, gt=0, lt=1 << 63)]
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
 

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from pipelines.contents import contents
 from pipelines.failures import Failure, Failures
 from pipelines.lease import running
+from pipelines.names import reading
 from pipelines.schema import KINDS
 from pipelines.storage import Store
 
@@ -43,7 +44,12 @@ class Status:
 
 
 def status(uri: str) -> Status:
-    """The status of the index at `uri`. Raises InputError if there is none."""
+    """The status of the index at `uri`. Raises InputError if there is none, DataError if it is damaged."""
+    with reading(uri):
+        return _status(uri)
+
+
+def _status(uri: str) -> Status:
     store = Store(uri)
     held = contents(store)
     shown = set(held.shown.tolist())

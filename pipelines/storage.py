@@ -27,10 +27,12 @@ from typing import IO, Any, TypeVar, cast
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from sae_runtime.errors import InputError, one_line
 
-_CONDITIONAL = {"s3", "s3a", "gs", "gcs", "abfs", "az"}  # their `mode="create"` is a conditional write
+# Whose `mode="create"` is a conditional write, and by which library.
+_CONDITIONAL = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 _LOST = {"PreconditionFailed", "412"}  # from servers that leave out which condition, as s3fs wants it
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _ERRNO = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
@@ -212,7 +214,7 @@ class Store:
         return found
 
     def folders(self, folder: str) -> list[str]:
-        """Names of the folders directly inside `folder`, sorted; empty if there is none."""
+        """Names of the folders directly inside `folder`, sorted; local disk knows empty ones too."""
         base = self._folder(folder)
         self.fs.invalidate_cache()
         try:
@@ -279,12 +281,14 @@ class Store:
                 stream.close()
 
         def drop(stream: Any) -> None:
+            if not isinstance(stream, AbstractBufferedFile):  # in memory: it is there from its opening
+                stream.close()
+                self.fs.rm_file(path)
+                return
             try:
                 stream.discard()  # an upload in parts is called off
             finally:
                 stream.closed = True  # else it is uploaded when it is collected
-            if _protocol(self.fs) == "memory":
-                self.fs.rm_file(path)
 
         with self._naming(name):
             return DataFile(self.fs.open(path, "wb"), finish, drop)
@@ -335,9 +339,9 @@ class Store:
             )
         parameters = inspect.signature(getattr(self.fs, "_pipe_file", self.fs.pipe_file)).parameters
         if not {"mode", "overwrite"} & set(parameters):  # adlfs takes `mode` among its `kwargs`
+            library = _CONDITIONAL[protocol]
             raise InputError(
-                f"index {self.uri}: {type(self.fs).__module__.split('.')[0]} is too old to create objects "
-                "atomically; upgrade it"
+                f"index {self.uri}: {library} is too old to create objects atomically; upgrade it"
             )
         with self._naming(name):
             try:
@@ -346,7 +350,8 @@ class Store:
             except FileExistsError:
                 pass
             except OSError as error:
-                if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") not in _LOST:
+                answer = getattr(error.__cause__, "response", None) or {}  # botocore's
+                if answer.get("Error", {}).get("Code") not in _LOST:
                     raise
             return self.read(name) == data
 

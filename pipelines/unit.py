@@ -83,6 +83,7 @@ CHUNK_TOKENS = {"cpu": 16384, "cuda": 131072}
 HOST_THREADS = 16  # at most, for a worker with a GPU
 SEGMENT_ROWS = 1 << 24  # rows of activations and document_features held before they are sorted and written
 SAMPLE_EVERY = 64  # counted tokens between those that the reconstruction error is measured on
+MAX_AGE = 6 * 3600.0  # seconds from an attempt's first write to its commit; gc waits four times as long
 _TOKENIZE = 64  # documents given to the tokenizer at a time
 
 
@@ -147,11 +148,11 @@ class Scanner:
 
         Raises DataError where too many documents, or not those that other SAE groups refuse, cannot be
         scanned, and for a file that has changed since it was planned. What is not a document's fault is
-        raised as it is.
+        raised as it is, as is TimeoutError for an attempt that took longer than MAX_AGE.
         """
         crash("before-unit")
         self.load(work.group)
-        started = time.time()
+        started, began = time.time(), time.monotonic()
         poison: dict[int, str] = {}
         while (done := self._attempt(work, poison)) is None:
             pass
@@ -176,6 +177,9 @@ class Scanner:
         crash("before-commit")
         check_unchanged(work.file, work.unit.digest)
         self._check_groups(commit, work)
+        if time.monotonic() - began > MAX_AGE:
+            raise TimeoutError(f"{work.unit.path}: the unit took over {MAX_AGE / 3600:.0f} h, so `gc` might "
+                               "take its files for left over; it is scanned again")  # fmt: skip
         ledger = Ledger(self.store)
         created = ledger.commit(commit)
         crash("after-commit")
@@ -478,7 +482,7 @@ class _UnitScan:
             path, ordinal = self.work.unit.path, self.work.unit.ordinal
             refused = [
                 (key(ordinal, local), path, each.row, each.id, each.error)
-                for local, each in self.quarantine.items()
+                for local, each in sorted(self.quarantine.items())
             ]
             self._write_rows("quarantine", refused)
         if not self.placed:  # there was no last chunk

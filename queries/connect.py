@@ -18,6 +18,7 @@ import duckdb
 import pyarrow.compute as pc
 
 from pipelines.contents import Contents, contents, places
+from pipelines.names import reading
 from pipelines.schema import (
     KEYED,
     KINDS,
@@ -33,7 +34,7 @@ from pipelines.schema import (
     sample_seed,
 )
 from pipelines.storage import Store
-from queries.relations import name, parquet, table, texts, without
+from queries.relations import literal, name, parquet, table, texts, without
 from queries.remote import RemoteFiles
 from sae_runtime.errors import DataError, one_line
 
@@ -76,8 +77,14 @@ def connect(uri: str) -> duckdb.DuckDBPyConnection:
 
     DataError names a file that is gone.
     """
-    found = contents(Store(uri))
-    return opened(found, values(found))
+    return opened(*resolved(Store(uri)))
+
+
+def resolved(store: Store) -> tuple[Contents, dict[str, str]]:
+    """What an index holds, and what the `$names` of the .sql files stand for in it."""
+    with reading(store.uri):
+        found = contents(store)
+        return found, _values(found)
 
 
 def opened(found: Contents, filled: dict[str, str], **settings: Any) -> duckdb.DuckDBPyConnection:
@@ -95,7 +102,7 @@ def opened(found: Contents, filled: dict[str, str], **settings: Any) -> duckdb.D
 
 def script(store: Store) -> list[str]:
     """The statements that make the macros and views, file lists filled in: they run in any DuckDB."""
-    return _script(values(contents(store)))
+    return _script(resolved(store)[1])
 
 
 def _script(filled: dict[str, str]) -> list[str]:
@@ -112,7 +119,7 @@ def busy_seconds(started: Iterable[float], finished: Iterable[float]) -> float:
     return total
 
 
-def values(found: Contents) -> dict[str, str]:
+def _values(found: Contents) -> dict[str, str]:
     """What the `$names` of the .sql files stand for."""
     store, fixed, saes = found.store, found.identity["fixed"], found.identity["saes"]
     metadata = fixed["metadata"]
@@ -140,13 +147,13 @@ def values(found: Contents) -> dict[str, str]:
         "runs": table(_run_rows(found), _RUN_COLUMNS),
         "vocabulary": parquet([store.url(VOCABULARY)] if found.plans else [], VOCABULARY_SCHEMA),
         "metadata": "".join(f", {name(column)}" for column in metadata_columns(metadata).values()),
-        "length": str(fixed["context.length"]),
+        "length": literal(int(fixed["context.length"])),
         "window": str(WINDOW),
         "seeds": table([(sae["id"], sample_seed(sae["id"])) for sae in saes], _SEED_COLUMNS),
         "local_max": str(LOCAL_MAX),
         "sample_bits": str(SAMPLE_BITS),
-        "top_k": str(fixed["top_k"]),
-        "sample_k": str(fixed["sample_k"]),
+        "top_k": literal(int(fixed["top_k"])),
+        "sample_k": literal(int(fixed["sample_k"])),
         "not_kept_tokens": texts(sae["id"] for sae in saes if sae["keep"] != "tokens"),
         "not_kept_documents": texts(sae["id"] for sae in saes if sae["keep"] == "none"),
     }

@@ -133,7 +133,7 @@ def _ask(con: duckdb.DuckDBPyConnection, statement: str, values: Sequence[Any] =
         result = con.execute(statement, list(values))
         names = column_names(result)
         return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
-    except (duckdb.IOException, duckdb.InvalidInputException) as error:
+    except duckdb.Error as error:  # our own statement, so the files are to blame
         raise DataError(f"index: damaged: {one_line(error)}") from error
 
 

@@ -40,6 +40,12 @@ CREATE MACRO snippet(_context, _position, _width) AS (
     FROM contexts AS _c WHERE _c.context = _context
 );
 
+-- Every feature that fired in a document, the strongest first; quick in a compacted index, however large.
+CREATE MACRO features_of(_document) AS TABLE
+    SELECT sae, feature, n_tokens, max, sum FROM _by_document
+    WHERE document = _document
+    ORDER BY abs(max) DESC, sae, feature;
+
 -- A feature's k highest contexts with their documents and the text around the maximum.
 CREATE MACRO top(_sae, _feature, _k) AS TABLE
     SELECT _top.rank, _top.activation, _d.id, _d.corpus, _d.source, _d.row, _top.context, _top.position,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
+
+from sae_runtime.terminal import in_bytes, plain
 
 _SQL_TYPES = {
     "bool": "BOOLEAN",
@@ -24,12 +27,20 @@ _SQL_TYPES = {
 
 
 def text(value: str) -> str:
-    """A string literal."""
-    return "'" + value.replace("'", "''") + "'"
+    """A string literal. Raises ValueError for a character that no SQL text can hold."""
+    if "\0" in value:
+        raise ValueError(f"SQL text cannot hold the character NUL of {value[:60]!r}")
+    quoted = value.replace("'", "''")
+    if plain(value) == value:
+        return f"'{quoted}'"
+    # Printed as a script it must neither steer a terminal nor lose what a terminal would act on.
+    return "E'" + in_bytes(quoted.replace("\\", "\\\\")) + "'"
 
 
 def name(value: str) -> str:
-    """A quoted identifier."""
+    """A quoted identifier. Raises ValueError for a character that no SQL text can hold."""
+    if "\0" in value:
+        raise ValueError(f"SQL text cannot hold the character NUL of {value[:60]!r}")
     return '"' + value.replace('"', '""') + '"'
 
 
@@ -39,12 +50,18 @@ def texts(values: Iterable[str]) -> str:
 
 
 def literal(value: Any) -> str:
-    """A literal of None, str, int, float or a list of str."""
+    """A literal of None, str, bool, int, float or a list of str. Raises TypeError for anything else."""
     if value is None:
         return "NULL"
     if isinstance(value, list):
         return texts(value)
-    return text(value) if isinstance(value, str) else repr(value)
+    if isinstance(value, float):  # as text where SQL has no word for it: nan, inf
+        return repr(value) if math.isfinite(value) else f"{text(repr(value))}::DOUBLE"
+    if isinstance(value, int):
+        return repr(value)
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no value of a column")
+    return text(value)
 
 
 def table(rows: Sequence[Sequence[Any]], columns: dict[str, str]) -> str:

@@ -14,15 +14,16 @@ from rich.padding import Padding
 from rich.style import Style
 from rich.text import Text
 
+from sae_runtime.terminal import plain, sign
+
 _BARS = " ▁▂▃▄▅▆▇█"
 _LOWEST, _PER_OCTAVE = -10, 8
 _WIDEST = 50  # characters of a histogram
-_SIGNS = {"\n": "↵", "\t": "→", "\r": "␍"}
 
 
 def feature_view(found: dict[str, Any], color: bool) -> RenderableType:
     """The page of one feature, from `lookup.feature`."""
-    parts: list[RenderableType] = [Text(f"{found['sae']}  feature {found['feature']}", style="bold")]
+    parts: list[RenderableType] = [Text(f"{plain(found['sae'])}  feature {found['feature']}", style="bold")]
     if not found["n_tokens"]:
         parts.append(Text("dead: never active on a counted token of this corpus"))
         return Group(*parts)
@@ -53,7 +54,7 @@ def shaded(pieces: Sequence[Sequence[Any]], highest: float, color: bool) -> Text
 
 def visible(piece: str) -> str:
     """Newlines, tabs and other control characters as signs, so that a context stays one paragraph."""
-    return "".join(_SIGNS.get(c, c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in piece)
+    return "".join(c if c.isprintable() else sign(c) for c in piece)
 
 
 def _heading(context: dict[str, Any]) -> Text:
@@ -61,7 +62,9 @@ def _heading(context: dict[str, Any]) -> Text:
     if context["id"] is not None:
         where = f"{context['id']}  ({where})"
     return Text.assemble(
-        (f"{context['rank']:>2}  ", "dim"), (f"{context['activation']:.4g}", "bold"), (f"  {where}", "cyan")
+        (f"{context['rank']:>2}  ", "dim"),
+        (f"{context['activation']:.4g}", "bold"),
+        (f"  {plain(where)}", "cyan"),
     )
 
 

@@ -26,7 +26,7 @@ from pipelines.contents import Contents, contents
 from pipelines.findings import Fault, Findings
 from pipelines.schema import sample_seed
 from pipelines.storage import Store
-from queries.connect import fill, opened, values
+from queries.connect import fill, opened, resolved
 from queries.relations import literal, texts
 from sae_runtime.errors import CorpuscopeError, DataError, one_line
 
@@ -63,9 +63,9 @@ def verify(
     if quick or not findings.whole:
         return findings
     for attempt in range(_TRIES):
-        found = contents(store)
+        found, filled = resolved(store)
         try:
-            compared = _compared(found, told, memory)
+            compared = _compared(found, filled, told, memory)
         except (DataError, *_DAMAGE) as error:
             moved = contents(store).snapshot.number != found.snapshot.number
             if moved and attempt + 1 < _TRIES:  # a file that was merged and collected meanwhile
@@ -80,9 +80,9 @@ def verify(
     return findings
 
 
-def _compared(found: Contents, told: Callable[[str], None], memory: str) -> Findings:
+def _compared(found: Contents, filled: dict[str, str], told: Callable[[str], None], memory: str) -> Findings:
     findings = Findings()
-    filled = values(found) | _settings(found)
+    filled = filled | _settings(found)
     with tempfile.TemporaryDirectory(prefix="corpuscope-") as folder:
         con = opened(found, filled, memory_limit=memory, temp_directory=folder)
         try:

@@ -62,6 +62,13 @@ FROM (
 )
 WHERE error(why) IS NULL;
 
+-- The same rows in files that are sorted by document, once they are compacted.
+CREATE VIEW _by_document AS
+SELECT sae, feature, document, n_tokens, max, sum FROM $by_document
+UNION ALL
+SELECT sae, feature, document, n_tokens, max, sum FROM document_features
+WHERE list_contains($not_kept_documents, sae);
+
 -- Reconstruction error and L0. Components are added in their order, so that doubles add up alike each time.
 CREATE VIEW saes AS
 WITH means AS (

@@ -71,7 +71,8 @@ def is_hub(uri: str) -> bool:
 def parse(uri: str) -> Place:
     """A place by its URI; `?revision=` at the end, as circuit-tracer writes it, is read too."""
     match = _URI.fullmatch(uri)
-    if match is None or match["org"] in _OTHER or (match["at"] and match["query"]):
+    climbs = match is not None and ".." in (match["org"], match["repo"], *(match["path"] or "").split("/"))
+    if match is None or climbs or match["org"] in _OTHER or (match["at"] and match["query"]):
         raise InputError(
             f"saes.uri: {uri}: not a model repository; write hf://org/repo[@revision][/folder], "
             "with %2F for a / in the revision"

@@ -57,6 +57,11 @@ class Ranged(io.RawIOBase):
         self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence])
         return self._at
 
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def read(self, length: int | None = -1) -> bytes:
         """Bytes from here on, fewer than `length` at the end only. Raises OSError where some are missing."""
         stop = self.size if length is None or length < 0 else min(self.size, self._at + length)
@@ -137,12 +142,14 @@ def local(uri: str) -> str:
     return str(target)
 
 
-def read_bytes(uri: str) -> bytes:
-    """A whole small file, of a hub by its cache."""
-    if hub.is_hub(uri):
-        return Path(local(uri)).read_bytes()
-    fs, path = fsspec.core.url_to_fs(uri)
-    return bytes(fs.cat_file(path))
+def read_bytes(uri: str, limit: int) -> bytes:
+    """A whole small file, of a hub by its cache. Raises ValueError where it has more than `limit` bytes."""
+    fs, path = fsspec.core.url_to_fs(local(uri) if hub.is_hub(uri) else uri)
+    with fs.open(path, "rb", block_size=limit + 1) as stream:
+        data = bytes(stream.read(limit + 1))
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
+    return data
 
 
 def stamp(uri: str) -> str:

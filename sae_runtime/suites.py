@@ -11,6 +11,7 @@ import fnmatch
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -57,6 +58,7 @@ def find(
         try:
             if candidate.error is not None:
                 raise candidate.error
+            _check_name(tree, path)
             file = tree.path(candidate.files[0])
             described = _guarded(file, lambda: module.describe(tree, candidate))
             return _info(tree, module, candidate, described, site, keep)
@@ -192,7 +194,8 @@ def _candidates(tree: Tree) -> dict[str, tuple[ModuleType, Candidate]]:
     known: dict[str, tuple[ModuleType, Candidate]] = {}
     taken: set[str] = set()
     for module in FORMATS:
-        own = [c for c in module.candidates(tree) if c.files[0] not in taken]
+        listed = _guarded(tree.uri, partial(module.candidates, tree))
+        own = [c for c in listed if c.files[0] not in taken]
         for candidate in own:
             if candidate.path in known:
                 raise InputError(f"saes.uri: {tree.uri} has two SAEs at {candidate.path}")
@@ -246,6 +249,16 @@ def _info(
         options=json.dumps(found.options, sort_keys=True),
         keep=keep,
     )
+
+
+def _check_name(tree: Tree, path: str) -> None:
+    """InputError for an id that neither JSON nor Parquet can hold."""
+    try:
+        _id(tree, path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"saes: the name of {tree.uri}/{path} is not UTF-8, and it is the SAE's id; rename it"
+        ) from error
 
 
 def _id(tree: Tree, path: str) -> str:

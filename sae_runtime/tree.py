@@ -7,8 +7,11 @@ of a tree on the hub carries the commit that was listed, so that everyone reads 
 
 from __future__ import annotations
 
+import collections
 import json
-from collections.abc import Iterable
+import os
+import stat
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +21,11 @@ import fsspec
 import yaml
 from fsspec.implementations.local import LocalFileSystem
 
-from sae_runtime import hub, remote
+from sae_runtime import hub, remote, yamls
 from sae_runtime.errors import InputError, one_line
+
+_JSON = 2**24  # bytes of a config
+_WAYS = 64  # by which links may lead to one directory
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,36 @@ def open_tree(uri: str, name: str | None = None) -> Tree:
     return Tree(uri, name or uri.rsplit("/", 1)[-1], tuple(inside))
 
 
-def _walk(at: Path, above: tuple[Path, ...] = ()) -> list[str]:
-    """Every file of a local directory, through links to directories too, but never into one it is within."""
-    real = at.resolve()
-    found: list[str] = []
-    if real not in above:
+def _walk(root: Path) -> list[str]:
+    """Every file of a local directory, through links to directories too, but never into one it is within.
+
+    Pipes and devices are left out: reading one would not end. Raises OSError where links multiply.
+    """
+    ways: collections.Counter[Path] = collections.Counter()
+
+    def walk(at: Path, above: tuple[Path, ...]) -> list[str]:
+        real = at.resolve()
+        found: list[str] = []
+        if real in above:
+            return found
+        ways[real] += 1
+        if ways[real] > _WAYS:
+            raise OSError(f"links lead to {real} by more than {_WAYS} ways; remove some")
         for entry in at.iterdir():
-            found += _walk(entry, (*above, real)) if entry.is_dir() else [entry.as_posix()]
-    return found
+            if entry.is_dir():
+                found += walk(entry, (*above, real))
+            elif not _is_special(entry):
+                found.append(entry.as_posix())
+        return found
+
+    return walk(root, ())
+
+
+def _is_special(file: Path) -> bool:
+    try:
+        return not stat.S_ISREG(os.stat(file).st_mode)
+    except OSError:  # a link to nothing or to itself: whoever opens it says so
+        return False
 
 
 def _open_hub(uri: str, name: str | None) -> Tree:
@@ -106,17 +134,17 @@ def _open_hub(uri: str, name: str | None) -> Tree:
 
 def read_json(uri: str) -> dict[str, Any]:
     """A JSON object. Raises InputError naming the file."""
-    return _read(uri, json.loads)
+    return _read(uri, json.loads, _JSON)
 
 
 def read_yaml(uri: str) -> dict[str, Any]:
     """A YAML mapping. Raises InputError naming the file."""
-    return _read(uri, yaml.safe_load)
+    return _read(uri, lambda data: yaml.load(data, yamls.Loader), yamls.LIMIT)
 
 
-def _read(uri: str, parse: Any) -> dict[str, Any]:
+def _read(uri: str, parse: Callable[[bytes], Any], limit: int) -> dict[str, Any]:
     try:
-        value = parse(remote.read_bytes(uri))
+        value = parse(remote.read_bytes(uri, limit))
     except InputError:
         raise
     except Exception as error:

@@ -21,9 +21,11 @@ MAY_IMPORT = {
         "pipelines.audit",
         "pipelines.contents",
         "pipelines.findings",
+        "pipelines.names",
         "pipelines.schema",
         "pipelines.storage",
         "sae_runtime.errors",
+        "sae_runtime.terminal",
     },
     "jobs": set(ROOMS),
 }

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -85,6 +86,35 @@ def test_a_features_rows_and_a_documents_rows_lie_together(index: Path) -> None:
     [path] = files(index, "by_document")
     documents = [row["document"] for row in pq.read_table(index / path, columns=["document"]).to_pylist()]
     assert documents == sorted(documents)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_the_features_of_a_document(index: Path, compacted: bool) -> None:
+    store = Store(str(index))
+    found = contents.contents(store)
+    if compacted:
+        compaction.execute(found, compaction.RunJob(1, (), found.own[:9]))
+    con = queries.connect(str(index))
+    documents = [d for (d,) in con.sql("SELECT document FROM documents ORDER BY document").fetchall()]
+    for document in documents[::5]:
+        whole = "SELECT sae, feature, n_tokens, max, sum FROM document_features WHERE document = ?"
+        rows = con.execute("FROM features_of(?)", [document]).fetchall()
+        assert sorted(rows) == sorted(con.execute(whole, [document]).fetchall())
+        assert [abs(row[3]) for row in rows] == sorted((abs(row[3]) for row in rows), reverse=True)
+
+
+def test_the_features_of_a_document_are_not_answered_in_part(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any], tiny_suites: Path
+) -> None:
+    saes = [
+        {"uri": str(tiny_suites / suite), "keep": "none" if i else "tokens"}
+        for i, suite in enumerate(tiny.SUITES)
+    ]
+    spec = write_spec(tmp_path, saes=saes, corpus={"limit": 3})
+    scan_inline(spec)
+    con = queries.connect(str(tmp_path / "index"))
+    with pytest.raises(duckdb.Error, match="keep: none"):
+        con.sql("FROM features_of((SELECT min(document) FROM documents))").fetchall()
 
 
 @pytest.mark.parametrize(
@@ -299,14 +329,17 @@ def test_what_lost_attempts_left_is_removed_at_once(
     same(index, wanted)
 
 
-def test_units_between_merged_ones_stay_alone(index: Path, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
+def test_units_between_merged_ones_are_merged_too(
+    index: Path, wanted: dict[str, list[tuple[Any, ...]]]
+) -> None:
     store = Store(str(index))
     found = contents.contents(store)
     assert compaction.execute(found, compaction.RunJob(1, (), np.array([4, 6, 7]))) is not None
     compaction.compact(store)
     same(index, wanted)
     found = contents.contents(store)
-    assert found.own.tolist() == [5]
+    assert found.own.tolist() == []
+    assert len(found.runs) == 1
 
 
 def test_tiers_tell_which_ranges_close() -> None:
@@ -329,3 +362,38 @@ def test_tiers_tell_which_ranges_close() -> None:
     }
     assert len(told) == len(set(told))
     assert set(told) == spans
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_scan_compacts_as_it_goes(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any],
+    wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch, groups: int,
+) -> None:  # fmt: skip
+    if groups == 2:
+        halves = lambda prepared, workers: [[s.id for s in prepared.saes][i::2] for i in (0, 1)]  # noqa: E731
+        monkeypatch.setattr("pipelines.scan.plan_groups", halves)
+    told: list[str] = []
+    outcome = scan_inline(write_spec(tmp_path), notice=told.append)
+    assert outcome.items == UNITS * groups
+    assert not [line for line in told if "compaction" in line]
+    found = contents.contents(Store(str(tmp_path / "index")))
+    assert sorted(run.level for run in found.runs) == [1, 1, 2]  # 16 units, then twice 4
+    assert not len(found.own)
+    nodes, alone = found.summed
+    assert (sorted(node.level for node in nodes), len(alone)) == ([1, 1, 2], 0)
+    same(tmp_path / "index", wanted)
+
+
+def test_a_compaction_that_fails_is_told_and_harms_nothing(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any],
+    wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("pipelines.compaction.merge_rows", fail)
+    told: list[str] = []
+    outcome = scan_inline(write_spec(tmp_path), notice=told.append)
+    assert (outcome.items, outcome.failed) == (UNITS, ())
+    assert [line for line in told if "compaction stopped" in line and "no space left" in line]
+    same(tmp_path / "index", wanted)

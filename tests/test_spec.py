@@ -185,7 +185,7 @@ def test_metadata_columns_that_sql_cannot_tell_apart_are_refused(tmp_path: Path)
         ("corpus:\n\turi: x\n", " line 2: not a spec in YAML: found character '\\t'"),
         ("index: a\nindex: b\n", " line 2: not a spec in YAML: the key 'index' is given twice"),
         ("model: {uri: a, uri: b}\n", " line 1: not a spec in YAML: the key 'uri' is given twice"),
-        ("index: !!python/object/apply:os.system [ls]\n", " line 1: not a spec in YAML: could not determine"),
+        ("index: !!python/object/apply:os.system [ls]\n", " line 1: not a spec in YAML: the tag !!python/"),
         ("\x00", "not a spec in YAML: unacceptable character #x0000"),
     ],
 )

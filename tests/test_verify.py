@@ -452,7 +452,7 @@ FILE_DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "commits/",
         "counts",
     ),
-    "commits are swapped": (swap_commits, "commits/000000/000000001", "commits lie where they belong"),
+    "commits are swapped": (swap_commits, "commits/000000/000000001", "commits are readable"),
     "a commit of no unit": (
         lambda i: shutil.copy(commit_of(i, 1), commit_of(i, 77)),
         "commits/000000/000000077",
@@ -473,7 +473,7 @@ FILE_DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "commits/",
         "commits are of their unit",
     ),
-    "a path outside": (outside, "commits/000000/000000001", "names of files"),
+    "a path outside": (outside, "commits/000000/000000001", "commits are readable"),
     "more rows are recorded": (more_rows_recorded, "data/features/", "rows"),
     "a column has another name": (other_columns, "data/documents/", "columns"),
     "a plan is gone": (
@@ -814,7 +814,7 @@ MERGED_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "manifests are readable",
     ),
     "a snapshot is no JSON": (
-        lambda i: max((i / "snapshots").glob("*.json")).write_text("!"),
+        lambda i: max((i / "snapshots").rglob("*.json")).write_text("!"),
         "snapshots are readable",
     ),
     "a run of fewer units": (lambda i: edit_manifest(i, "run", units=[[0, 3]]), "what runs know of units"),

@@ -6,11 +6,12 @@ Invariant: executors decide nothing about retries themselves, `pipelines.schedul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from pipelines.ledger import Commit
+from pipelines.compaction import Task
+from pipelines.ledger import Commit, DataFileRecord
 from pipelines.scheduler import Attempt, Item, Kind, Scheduler, Tried, Verdict
 from pipelines.selfcheck import Measured
 from pipelines.unit import Work
@@ -76,6 +77,9 @@ class Executor(Protocol):
         `items` are made as they are needed; `tried` are failures on record by (unit, group). Raises
         InputError when workers cannot start, Interrupted when memory or a GPU fails too often.
         """
+
+    def merge(self, tasks: Sequence[Task]) -> list[dict[str, list[DataFileRecord]]]:
+        """Merge data files where there is room for it; called from a thread of its own, while `run` runs."""
 
     def close(self) -> None:
         """Let go of everything that was started here."""

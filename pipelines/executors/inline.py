@@ -10,8 +10,9 @@ from __future__ import annotations
 import socket
 import time
 import traceback
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
+from pipelines.compaction import Task, perform_here
 from pipelines.executors.base import (
     Attempted,
     Committed,
@@ -23,6 +24,7 @@ from pipelines.executors.base import (
     report_failure,
 )
 from pipelines.failures import kind_of
+from pipelines.ledger import DataFileRecord
 from pipelines.scheduler import Attempt, Policy, Scheduler, Tried
 from pipelines.unit import Scanner, Setup, Work
 from sae_runtime.errors import CorpuscopeError, DataError, one_line
@@ -53,6 +55,9 @@ class InlineExecutor:
                 time.sleep(min(_NAP, max(0.0, (now if due is None else due) - now)))
             else:
                 self._one(scheduler, attempt, observe)
+
+    def merge(self, tasks: Sequence[Task]) -> list[dict[str, list[DataFileRecord]]]:
+        return perform_here(tasks)
 
     def close(self) -> None:
         pass

@@ -18,14 +18,16 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from pipelines.compaction import Task, perform
 from pipelines.executors.base import Committed, Observer, Progress, Reason, queue, report_failure
 from pipelines.failures import kind_of
+from pipelines.ledger import DataFileRecord
 from pipelines.scheduler import Attempt, Policy, Scheduler, Tried
 from pipelines.unit import Scanned, Scanner, Setup, Work
 from sae_runtime.errors import CorpuscopeError, InputError, one_line
@@ -35,6 +37,7 @@ _ASK_SECONDS = 1.0  # between looks at an actor that did not answer
 _SILENT_SECONDS = 10.0
 _STARTS = 3  # actors in a row that end while they are made, before a worker is given up
 _REACH_SECONDS = 10.0
+_MERGE_TRIES = 5  # where a machine is lost
 
 
 def connect(address: str | None) -> bool:
@@ -189,6 +192,12 @@ class RayExecutor:
         _Drive(
             self._ray, self._slots, self._replace, Scheduler(queue(items), self.policy, tried), observe
         ).run()
+
+    def merge(self, tasks: Sequence[Task]) -> list[dict[str, list[DataFileRecord]]]:
+        """On the cluster, beside the actors: they may hold every core, so none is asked for."""
+        remote = self._ray.remote(perform).options(num_cpus=0, max_retries=_MERGE_TRIES)
+        found: list[dict[str, list[DataFileRecord]]] = self._ray.get([remote.remote(task) for task in tasks])
+        return found
 
     def _replace(self) -> Any:
         return self._class.remote(self._setup)

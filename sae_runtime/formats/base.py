@@ -13,6 +13,7 @@ not know it refuses by name, with the reason, instead of encoding on a guess.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,7 @@ def need(found: dict[str, Any], name: str, file: str) -> Any:
 def number(found: dict[str, Any], name: str, file: str) -> float:
     """A config's number. Raises InputError where it is missing, something else or not finite."""
     value = need(found, name, file)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise InputError(f"saes: {name} in {file} is {value!r}, not a number")
     return float(value)
 

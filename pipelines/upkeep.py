@@ -1,0 +1,71 @@
+"""Compaction while a scan goes on: a thread of the driver merges what its commits have closed.
+
+Invariant: a scan never waits for it before its own end, and never fails by it: what is left unmerged reads
+the same, and the next scan or `compact` goes on with it. Where there is a cluster the merging is done on it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from queue import SimpleQueue
+
+from pipelines.compaction import Perform, Tiers, catch_up, settle
+from pipelines.contents import Registered
+from pipelines.registry import next_ordinal
+from pipelines.storage import Store
+from sae_runtime.errors import one_line
+
+Closed = tuple[int, int, int]  # level, first ordinal, the one after the last
+
+
+class Upkeep:
+    """Use as a context manager: at a good end it waits until all that is closed is merged."""
+
+    def __init__(
+        self,
+        store: Store,
+        registered: Registered,
+        waiting: Iterable[int],
+        perform: Perform,
+        notice: Callable[[str], None],
+    ) -> None:
+        """`waiting` are the ordinals to be committed, once for each SAE group."""
+        self._store, self._registered, self._perform, self._notice = store, registered, perform, notice
+        self._tiers = Tiers(next_ordinal(registered.plans), waiting)
+        self._closed: SimpleQueue[Closed | None] = SimpleQueue()
+        self._dropped = threading.Event()
+        # A daemon: a scan that is stopped does not wait for it, and it may be killed at any point.
+        self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
+
+    def __enter__(self) -> Upkeep:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._dropped.set()
+            return
+        self._closed.put(None)
+        self._thread.join()
+
+    def committed(self, ordinal: int) -> None:
+        """One SAE group of a unit is committed."""
+        for closed in self._tiers.committed(ordinal):
+            self._closed.put(closed)
+
+    def _run(self) -> None:
+        try:
+            catch_up(self._store, self._registered, self._perform)
+            while not self._dropped.is_set():
+                closed = self._closed.get()
+                if closed is None:
+                    return
+                level, *span = closed
+                settle(self._store, self._registered, level, (span[0], span[1]), self._perform)
+        except Exception as error:
+            if not self._dropped.is_set():
+                self._notice(
+                    f"note: compaction stopped ({type(error).__name__}: {one_line(error)}); nothing is lost, "
+                    "`corpuscope compact` goes on with it"
+                )
