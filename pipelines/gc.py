@@ -6,7 +6,8 @@ Three kinds, each with its own proof that it is dead:
   that whoever resolved the index before can finish. A dropped unit is first *retired* in the registry
   (put-if-absent beside the plans of scans): until then its file can come back and find its data, afterwards
   it is scanned anew;
-- work that nothing names: after UNFINISHED seconds, far beyond the age at which an attempt refuses to commit.
+- work that nothing names, and what calls cut short left under hidden names: after UNFINISHED seconds, far
+  beyond the age at which an attempt refuses to commit.
 Ages are told by the store's own clock, for both ends. Invariant: killed at any point it leaves an index that
 reads the same, and the next gc goes on.
 """
@@ -59,6 +60,10 @@ def collect(store: Store, readers: float = READERS, unfinished: float = UNFINISH
         for first in range(0, len(names), 1000):
             store.remove(names[first : first + 1000])
             crash("gc-removing")
+    now = store.now()
+    left = [entry for entry in store.hidden() if now - entry.modified >= unfinished]
+    store.remove([entry.name for entry in left])
+    dead += left
     young = [entry for entry, ripe in garbage if not ripe]
     return Collected(retired, len(dead), sum(e.size for e in dead), len(young), sum(e.size for e in young))
 

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -257,7 +258,7 @@ def plan_units(
     layout.check_sources()
     current = {(r.corpus, r.path, r.digest, r.settings) for r in layout.records}
     gone = [unit for unit in live if _place(unit) not in current]
-    _check_removal(gone, live, {(r.corpus, r.path) for r in layout.records}, allow_removal)
+    _check_removal(gone, layout.units, live, allow_removal)
     metadata = _metadata(ledger, spec.metadata, layout.types)
     order = [(r.corpus, r.path) for r in layout.records]
     before = last_scan(plans)
@@ -451,16 +452,19 @@ def _place(unit: Unit) -> tuple[str, str, str, str]:
     return unit.corpus, unit.path, unit.digest, unit.settings
 
 
-def _check_removal(
-    gone: Sequence[Unit], live: Sequence[Unit], present: set[tuple[str, str]], allowed: bool
-) -> None:
-    lost = sum(u.documents for u in gone if (u.corpus, u.path) not in present)
-    total = sum(u.documents for u in live)
+def _check_removal(gone: Sequence[Unit], added: Sequence[Unit], live: Sequence[Unit], allowed: bool) -> None:
+    """InputError if more than a tenth of the documents would go: with their files, or as files shrink."""
+    change: Counter[tuple[str, str]] = Counter()
+    for unit in added:
+        change[unit.corpus, unit.path] += unit.documents
+    for unit in gone:
+        change[unit.corpus, unit.path] -= unit.documents
+    shrunk = {path: -by for (_, path), by in sorted(change.items()) if by < 0}
+    lost, total = sum(shrunk.values()), sum(u.documents for u in live)
     if lost * 10 > total and not allowed:
-        names = sorted({u.path for u in gone if (u.corpus, u.path) not in present})
         raise InputError(
-            f"corpus.uri: {lost:,} of {total:,} documents are gone ({', '.join(names[:3])}"
-            f"{', …' if len(names) > 3 else ''}); if that is meant, add --allow-removal"
+            f"corpus.uri: {lost:,} of {total:,} documents are gone ({', '.join(list(shrunk)[:3])}"
+            f"{', …' if len(shrunk) > 3 else ''}); if that is meant, add --allow-removal"
         )
 
 

@@ -213,6 +213,17 @@ class Store:
                 found.append(Entry(name, state.st_size, state.st_mtime))
         return found
 
+    def hidden(self) -> list[Entry]:
+        """What calls that never ended left behind: objects that no other listing shows."""
+        if not self.local:
+            return [entry for entry in self._find("", hidden=True) if _is_hidden(entry.name)]
+        found = []
+        for name in self._walk("", hidden=True):
+            with contextlib.suppress(FileNotFoundError):
+                state = os.stat(os.path.join(self.root, name))
+                found.append(Entry(name, state.st_size, state.st_mtime))
+        return [entry for entry in found if _is_hidden(entry.name)]
+
     def folders(self, folder: str) -> list[str]:
         """Names of the folders directly inside `folder`, sorted; local disk knows empty ones too."""
         base = self._folder(folder)
@@ -228,7 +239,7 @@ class Store:
     def _folder(self, folder: str) -> str:
         return self.path(folder) if folder else self.root
 
-    def _walk(self, folder: str) -> Iterator[str]:
+    def _walk(self, folder: str, hidden: bool = False) -> Iterator[str]:
         """Local objects under `folder`; a file or folder that goes away meanwhile is left out."""
 
         def failed(error: OSError) -> None:
@@ -239,10 +250,10 @@ class Store:
         for place, _, files in os.walk(base, onerror=failed):
             inside = place[len(base) + 1 :].replace(os.sep, "/")
             for file in files:
-                if not file.startswith("."):
+                if hidden or not _is_hidden(file):
                     yield f"{inside}/{file}" if inside else file
 
-    def _find(self, folder: str) -> list[Entry]:
+    def _find(self, folder: str, hidden: bool = False) -> list[Entry]:
         base = self._folder(folder)
         self.fs.invalidate_cache()
         try:
@@ -253,7 +264,7 @@ class Store:
         entries = [
             Entry(path[len(base) + 1 :], int(info["size"]), _time(info))
             for path, info in found.items()
-            if path.startswith(f"{base}/") and not path.rsplit("/", 1)[-1].startswith(".")
+            if path.startswith(f"{base}/") and (hidden or not _is_hidden(path))
         ]
         return sorted(entries, key=lambda entry: entry.name)
 
@@ -474,6 +485,10 @@ def _sync_folder(folder: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rsplit("/", 1)[-1].startswith(".")
 
 
 def names(store: Store, folder: str, suffix: str) -> Iterator[str]:

@@ -75,9 +75,19 @@ _RUN_COLUMNS = {
 def connect(uri: str) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection with the index's views and macros. Raises InputError if there is no index.
 
-    DataError names a file that is gone.
+    DataError names a file that is gone. Files that were replaced and removed while it was opened are not: the
+    index is resolved again then.
     """
-    return opened(*resolved(Store(uri)))
+    store = Store(uri)
+    found, filled = resolved(store)
+    while True:
+        try:
+            return opened(found, filled)
+        except DataError:
+            before = filled
+            found, filled = resolved(store)
+            if filled == before:
+                raise
 
 
 def resolved(store: Store) -> tuple[Contents, dict[str, str]]:
@@ -88,7 +98,7 @@ def resolved(store: Store) -> tuple[Contents, dict[str, str]]:
 
 
 def opened(found: Contents, filled: dict[str, str], **settings: Any) -> duckdb.DuckDBPyConnection:
-    """The same for an index that is resolved already; `settings` are DuckDB's."""
+    """The same for an index that is resolved already; `settings` are DuckDB's. Raises DataError."""
     con = duckdb.connect(":memory:", config={"autoinstall_known_extensions": False, **settings})
     if not found.store.local:
         con.register_filesystem(RemoteFiles(found.store))
@@ -96,6 +106,7 @@ def opened(found: Contents, filled: dict[str, str], **settings: Any) -> duckdb.D
         for statement in _script(filled):
             con.execute(statement)
     except duckdb.Error as error:
+        con.close()
         raise DataError(f"index {found.store.uri}: damaged: {one_line(error)}") from error
     return con
 

@@ -25,6 +25,7 @@ import tiny
 import queries
 from pipelines import compaction, contents, gc, snapshots
 from pipelines.storage import Store
+from sae_runtime.errors import DataError
 
 ROOT = Path(__file__).parent.parent
 UNITS = 24
@@ -209,6 +210,28 @@ def test_readers_see_whole_units_while_it_is_compacted_and_collected(
     same(index, wanted)
 
 
+def test_an_index_that_is_replaced_while_it_is_opened_is_resolved_again(
+    index: Path, wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = sys.modules["queries.connect"]  # the package has a function of that name
+    resolved, calls = connect.resolved, []
+
+    def slow(store: Store) -> tuple[Any, dict[str, str]]:
+        found = resolved(store)
+        if not calls:
+            compaction.compact(store)
+            gc.collect(store, 0, 0)
+        calls.append(len(found))
+        return found
+
+    monkeypatch.setattr(connect, "resolved", slow)
+    same(index, wanted)
+    assert len(calls) > 1
+    (index / files(index, "documents")[0]).unlink()
+    with pytest.raises(DataError, match="damaged"):
+        queries.connect(str(index))
+
+
 def test_two_compactions_at_once(index: Path, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
     """Whoever is late drops his work; no unit's rows are in two runs."""
     errors: list[BaseException] = []
@@ -329,6 +352,18 @@ def test_what_lost_attempts_left_is_removed_at_once(
     same(index, wanted)
 
 
+def test_what_calls_cut_short_left_is_removed(index: Path, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
+    store = Store(str(index))
+    left = [index / "commits" / "000000" / ".000000003.0.json.0a1b2c3d", index / ".clock-0a1b2c3d"]
+    for file in left:
+        file.write_text("{")
+    assert gc.collect(store).removed == 0
+    os.utime(left[0], (1, 1))
+    assert gc.collect(store).removed == 1
+    assert [file.exists() for file in left] == [False, True]
+    same(index, wanted)
+
+
 def test_units_between_merged_ones_are_merged_too(
     index: Path, wanted: dict[str, list[tuple[Any, ...]]]
 ) -> None:
@@ -362,6 +397,42 @@ def test_tiers_tell_which_ranges_close() -> None:
     }
     assert len(told) == len(set(told))
     assert set(told) == spans
+
+
+def test_in_memory_too(index: Path, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(index), "/compacted", recursive=True)
+    try:
+        store = Store("memory://compacted")
+        compaction.compact(store)
+        same("memory://compacted", wanted)
+        assert gc.collect(store, 0, 0).removed > 100
+        same("memory://compacted", wanted)
+    finally:
+        memory.rm("/compacted", recursive=True)
+
+
+@pytest.mark.cluster
+def test_on_ray_tasks_merge_ranges_of_saes(
+    tmp_path: Path, write_spec: Callable[..., Path], wanted: dict[str, list[tuple[Any, ...]]]
+) -> None:
+    spec = write_spec(tmp_path)
+    code = (
+        "import sys; from pipelines import compaction; compaction.FAN = 4; compaction.TASK_ROWS = 3000;"
+        "from jobs.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "scan", str(spec), "--workers", "2"], cwd=ROOT, capture_output=True,
+        text=True, env={**os.environ, "HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "compaction" not in done.stderr
+    found = contents.contents(Store(str(tmp_path / "index")))
+    assert sorted(run.level for run in found.runs) == [1, 1, 2]
+    assert len(found.files("activations")) > len(found.runs), "no run was merged by several tasks"
+    same(tmp_path / "index", wanted)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -232,6 +232,17 @@ def test_a_changed_file_replaces_its_old_self(
     assert scan_inline(fresh).items == 12
     wanted = tiny.content(tmp_path / "y" / "index")
     assert not tiny.differences(wanted, tiny.content(tmp_path / "x" / "index"))
+    # A file that shrinks loses documents too: refused where they are many.
+    kept = (tmp_path / "c" / names[1]).read_bytes()
+    big = tiny.write_rows(tmp_path / "big.jsonl", [row for rows in tiny.texts_by_file()[:9] for row in rows])
+    shutil.copy(big, tmp_path / "c" / names[1])
+    assert scan_inline(spec).items == 1
+    shutil.copy(tmp_path / "c" / names[2], tmp_path / "c" / names[1])
+    with pytest.raises(InputError, match=r"documents are gone \(part_01.jsonl\).*--allow-removal"):
+        scan_inline(spec)
+    (tmp_path / "c" / names[1]).write_bytes(kept)
+    scan_inline(spec, allow_removal=True)
+    assert not tiny.differences(wanted, tiny.content(tmp_path / "x" / "index"))
     # A file that goes: refused where it is more than a tenth of the documents, unless that is meant.
     for name in names[:3]:
         (tmp_path / "c" / name).unlink()

@@ -182,6 +182,25 @@ def test_an_index_moved_to_local_disk_is_the_same(
     assert not tiny.differences(s3_views, tiny.views(tmp_path / "moved"))
 
 
+def test_compacted_and_collected_it_has_the_same_rows(
+    s3: Any, s3_views: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import compaction, gc
+
+    monkeypatch.setattr(compaction, "FAN", 8)
+    s3.invalidate_cache()
+    s3.copy(f"{BUCKET}/index/", f"{BUCKET}/compacted/", recursive=True)
+    index = f"s3://{BUCKET}/compacted"
+    done = compaction.compact(Store(index))
+    assert (done.runs, done.nodes) == (4, 4)
+    assert not tiny.differences(s3_views, tiny.views(index))
+    before = len(objects(s3, "compacted/data"))
+    gone = gc.collect(Store(index), 0, 0)
+    assert 0 < len(objects(s3, "compacted/data")) < before
+    assert gone.waiting == 0
+    assert not tiny.differences(s3_views, tiny.views(index))
+
+
 def test_keys_and_changes(
     s3: Any, tmp_path: Path, tiny_corpus: Path, write_spec: Callable[..., Path],
     scan_inline: Callable[..., Any],
