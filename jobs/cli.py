@@ -7,6 +7,7 @@ imports happen inside the commands, so that `--help` and reading commands start 
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
@@ -293,6 +294,43 @@ def features(index: str, sae: str, sort: str, limit: int, format_: str) -> None:
         short = {*SHORT_COLUMNS, sort.removeprefix("-")}
         columns = [name for name in columns if name in short]
     print_rows(rows, format_, columns)
+
+
+@cli.command()
+@click.argument("index")
+@click.option("--quick", is_flag=True, help="Files, checksums, registry and commits only, not what rows say.")
+@click.option(
+    "--memory", default="2GB", show_default=True, metavar="SIZE", help="What comparing the tables may take."
+)
+@format_option
+def verify(index: str, quick: bool, memory: str, format_: str) -> None:
+    """Read every committed file of INDEX: checksums, counts, and whatever can be recomputed from the rows.
+
+    Scans, compactions and queries may go on meanwhile. Ends with 1 if anything is damaged.
+    """
+    from jobs.progress import Steps
+    from pipelines.words import human
+    from queries.show import visible
+    from queries.verify import verify as check
+
+    if not re.fullmatch(r"\d+(\.\d+)? *[KMGT]i?B", memory):
+        raise InputError(f"--memory {memory}: a size such as 500MB or 8GB is wanted")
+    found = check(index, quick, Steps(), memory)
+    if format_ == "table":
+        for fault in found.faults:
+            click.echo(visible(f"{fault.file}: {fault.check}: {fault.detail}"))
+    else:
+        print_rows(map(asdict, found.faults), format_, ("file", "check", "detail"))
+    message(
+        f"{count(found.files, 'file')} ({human(found.bytes)}, {count(found.rows, 'row')}) of "
+        f"{found.committed:,} of {count(found.units, 'unit')} read, {count(found.checks, 'kind')} of checks"
+    )
+    if not found.whole and not quick:
+        message("tables were not compared: they cannot be relied on to be readable")
+    if found.faults:
+        message(f"error: {index} is damaged: {count(len(found.faults), 'fault')}")
+        click.get_current_context().exit(CorpuscopeError.exit_code)
+    message(f"{index} is sound" + (" as far as --quick looks" if quick else ""))
 
 
 @cli.command()

@@ -143,6 +143,12 @@ def read_plans(store: Store) -> list[Plan]:
     return [_plan(store, head, data) for head, data in zip(heads, objects(store, heads), strict=True)]
 
 
+def read_plan(store: Store, name: str) -> Plan:
+    """One plan by the name of its head. DataError if it is damaged."""
+    [head] = objects(store, [name])
+    return _plan(store, name, head)
+
+
 def live_units(plans: Iterable[Plan]) -> list[Unit]:
     """Units that belong to the index by its newest plan, in ordinal order."""
     units: dict[int, Unit] = {}

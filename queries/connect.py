@@ -79,28 +79,46 @@ def connect(uri: str) -> duckdb.DuckDBPyConnection:
     index is resolved again then.
     """
     store = Store(uri)
-    statements = script(store)
+    found, filled = resolved(store)
     while True:
-        con = duckdb.connect(":memory:", config={"autoinstall_known_extensions": False})
-        if not store.local:
-            con.register_filesystem(RemoteFiles(store))
         try:
-            for statement in statements:
-                con.execute(statement)
-            return con
-        except duckdb.Error as error:
-            con.close()
-            before, statements = statements, script(store)
-            if statements == before:
-                raise DataError(f"index {uri}: damaged: {one_line(error)}") from error
+            return opened(found, filled)
+        except DataError:
+            before = filled
+            found, filled = resolved(store)
+            if filled == before:
+                raise
+
+
+def resolved(store: Store) -> tuple[Contents, dict[str, str]]:
+    """What an index holds, and what the `$names` of the .sql files stand for in it."""
+    with reading(store.uri):
+        found = contents(store)
+        return found, _values(found)
+
+
+def opened(found: Contents, filled: dict[str, str], **settings: Any) -> duckdb.DuckDBPyConnection:
+    """The same for an index that is resolved already; `settings` are DuckDB's. Raises DataError."""
+    con = duckdb.connect(":memory:", config={"autoinstall_known_extensions": False, **settings})
+    if not found.store.local:
+        con.register_filesystem(RemoteFiles(found.store))
+    try:
+        for statement in _script(filled):
+            con.execute(statement)
+    except duckdb.Error as error:
+        con.close()
+        raise DataError(f"index {found.store.uri}: damaged: {one_line(error)}") from error
+    return con
 
 
 def script(store: Store) -> list[str]:
     """The statements that make the macros and views, file lists filled in: they run in any DuckDB."""
-    with reading(store.uri):
-        values = _values(contents(store))
+    return _script(resolved(store)[1])
+
+
+def _script(filled: dict[str, str]) -> list[str]:
     files = [(_HERE / file).read_text() for file in ("helpers.sql", "views.sql", "macros.sql")]
-    return [_fill(statement, values) for file in files for statement in _statements(file)]
+    return [fill(statement, filled) for file in files for statement in _statements(file)]
 
 
 def busy_seconds(started: Iterable[float], finished: Iterable[float]) -> float:
@@ -196,5 +214,6 @@ def _statements(source: str) -> list[str]:
     return [part.strip(" \n;") for part in "\n".join(lines).split(";\n") if part.strip(" \n;")]
 
 
-def _fill(statement: str, values: dict[str, str]) -> str:
+def fill(statement: str, values: dict[str, str]) -> str:
+    """SQL with its `$names` replaced."""
     return re.sub(r"\$(\w+)", lambda match: values[match[1]], statement)

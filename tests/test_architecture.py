@@ -18,7 +18,9 @@ MAY_IMPORT = {
     "pipelines": {"pipelines", "sae_runtime"},
     "queries": {
         "queries",
+        "pipelines.audit",
         "pipelines.contents",
+        "pipelines.findings",
         "pipelines.names",
         "pipelines.schema",
         "pipelines.storage",

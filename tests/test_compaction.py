@@ -214,17 +214,17 @@ def test_an_index_that_is_replaced_while_it_is_opened_is_resolved_again(
     index: Path, wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connect = sys.modules["queries.connect"]  # the package has a function of that name
-    script, calls = connect.script, []
+    resolved, calls = connect.resolved, []
 
-    def slow(store: Store) -> list[str]:
-        found = script(store)
+    def slow(store: Store) -> tuple[Any, dict[str, str]]:
+        found = resolved(store)
         if not calls:
             compaction.compact(store)
             gc.collect(store, 0, 0)
         calls.append(len(found))
         return found
 
-    monkeypatch.setattr(connect, "script", slow)
+    monkeypatch.setattr(connect, "resolved", slow)
     same(index, wanted)
     assert len(calls) > 1
     (index / files(index, "documents")[0]).unlink()
