@@ -1,9 +1,9 @@
 """A million units, a thousand workers, no model: what planning, committing, compacting and resuming cost.
 
-Everything is the product's own, from `run_scan` down: corpus files, planner, registry, lease, ledger, failures,
-tiers, snapshots, scheduler. Only the executor is not: its workers live on a virtual clock, draw how long a
-unit takes and what goes wrong, and commit units without data files. `os.fsync` does nothing here, so that
-disks are left out; each part is a process of its own, so that peaks of memory are its own.
+Everything is the product's own, from `run_scan` down: corpus files, planner, registry, lease, ledger,
+failures, tiers, snapshots, scheduler. Only the executor is not: its workers live on a virtual clock, draw how
+long a unit takes and what goes wrong, and commit units without data files. `os.fsync` does nothing here, so
+that disks are left out; each part is a process of its own, so that peaks of memory are its own.
 
     plan     the corpus indexed, the plan registered; stopped before the first unit
     run      the same command again: every unit committed by 1,000 workers, with tiers as in any scan
@@ -72,7 +72,11 @@ class Timed:
             return self.function(*args, **more)
         finally:
             took = self.clock() - began
-            self.calls, self.seconds, self.longest = self.calls + 1, self.seconds + took, max(self.longest, took)
+            self.calls, self.seconds, self.longest = (
+                self.calls + 1,
+                self.seconds + took,
+                max(self.longest, took),
+            )
 
 
 class Cluster:
@@ -560,7 +564,9 @@ def main(units: tuple[int, ...], workers: int, folder: str | None, parts: str, p
                     raise click.ClickException(f"part {name} of {number:,} units failed")
                 found = json.loads((own / f"{name}.json").read_text())
                 all_found.setdefault(number, {})[name] = found
-                click.echo(f"{number:,} units, {name}: {found['wall']:.1f} s, {found['peak_mb']:.0f} MB", err=True)
+                click.echo(
+                    f"{number:,} units, {name}: {found['wall']:.1f} s, {found['peak_mb']:.0f} MB", err=True
+                )
         (base / "scale.json").write_text(json.dumps(all_found, indent=1))
         click.echo(summary(all_found))
 

@@ -9,7 +9,7 @@ list it. Everything is JSON that a person can read; `status` never needs a live 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ class DataFileRecord:
     digest: str  # blake2b-128, hex
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Commit:
     """One (unit, SAE group) done. Counts are of the unit, the same in every group's commit."""
 
@@ -116,12 +116,17 @@ class Ledger:
             ]
             wanted = set(ordinals.tolist())
             found = [name for name in found if _ordinal(name) in wanted]
-        read = (_commit(data) for data in objects(self.store, [f"{COMMITS}/{name}.json" for name in found]))
+        read = self._read([f"{COMMITS}/{name}.json" for name in found])
         return {(commit.ordinal, commit.group): commit for commit in read}
 
     def read_commits(self, pairs: Sequence[tuple[int, int]]) -> list[Commit]:
         """Commits that exist, by (ordinal, group)."""
-        return [_commit(data) for data in objects(self.store, [commit_name(*pair) for pair in pairs])]
+        return list(self._read([commit_name(*pair) for pair in pairs]))
+
+    def _read(self, items: Sequence[str]) -> Iterable[Commit]:
+        """Commits by name, some at a time: as bytes and as JSON they are several times as large."""
+        for i in range(0, len(items), SPAN):
+            yield from map(_commit, objects(self.store, items[i : i + SPAN]))
 
     def commit(self, commit: Commit) -> bool:
         """Publish a unit's group. False when another attempt was first: its files stay the truth."""

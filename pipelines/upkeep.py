@@ -7,16 +7,17 @@ the same, and the next scan or `compact` goes on with it. Where there is a clust
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 
-from pipelines.compaction import Perform, Tiers, catch_up, settle
+from pipelines.compaction import Perform, Tiers, at_once, catch_up, settle
 from pipelines.contents import Registered
 from pipelines.registry import next_ordinal
 from pipelines.storage import Store
 from sae_runtime.errors import one_line
 
 Closed = tuple[int, int, int]  # level, first ordinal, the one after the last
+_NOTHING: Closed = (0, 0, 0)
 
 
 class Upkeep:
@@ -57,15 +58,28 @@ class Upkeep:
     def _run(self) -> None:
         try:
             catch_up(self._store, self._registered, self._perform)
-            while not self._dropped.is_set():
-                closed = self._closed.get()
-                if closed is None:
+            for level, spans in self._due():
+                settle(self._store, self._registered, level, spans, self._perform)
+                if self._dropped.is_set():
                     return
-                level, *span = closed
-                settle(self._store, self._registered, level, (span[0], span[1]), self._perform)
         except Exception as error:
             if not self._dropped.is_set():
                 self._notice(
                     f"note: compaction stopped ({type(error).__name__}: {one_line(error)}); nothing is lost, "
                     "`corpuscope compact` goes on with it"
                 )
+
+    def _due(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """Ranges in the order in which they closed; those of a level that wait in a row come together."""
+        closed = self._closed.get()
+        while closed is not None:
+            level, first, stop = closed
+            spans, closed = [(first, stop)], _NOTHING
+            while closed is _NOTHING and len(spans) < at_once(level) and not self._closed.empty():
+                closed = self._closed.get()
+                if closed is not None and closed[0] == level:
+                    spans.append(closed[1:])
+                    closed = _NOTHING
+            yield level, spans
+            if closed is _NOTHING:
+                closed = self._closed.get()
