@@ -7,6 +7,7 @@ the same, and the next scan or `compact` goes on with it. Where there is a clust
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 
@@ -17,7 +18,6 @@ from pipelines.storage import Store
 from sae_runtime.errors import one_line
 
 Closed = tuple[int, int, int]  # level, first ordinal, the one after the last
-_NOTHING: Closed = (0, 0, 0)
 
 
 class Upkeep:
@@ -71,15 +71,19 @@ class Upkeep:
 
     def _due(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         """Ranges in the order in which they closed; those of a level that wait in a row come together."""
-        closed = self._closed.get()
-        while closed is not None:
-            level, first, stop = closed
-            spans, closed = [(first, stop)], _NOTHING
-            while closed is _NOTHING and len(spans) < at_once(level) and not self._closed.empty():
-                closed = self._closed.get()
-                if closed is not None and closed[0] == level:
-                    spans.append(closed[1:])
-                    closed = _NOTHING
-            yield level, spans
-            if closed is _NOTHING:
-                closed = self._closed.get()
+        waiting: deque[Closed | None] = deque()
+        while True:
+            waiting.append(self._closed.get())
+            while not self._closed.empty():
+                waiting.append(self._closed.get())
+            while waiting:
+                closed = waiting.popleft()
+                if closed is None:
+                    return
+                level, spans = closed[0], [closed[1:]]
+                while waiting and len(spans) < at_once(level):
+                    if waiting[0] is None or waiting[0][0] != level:
+                        break
+                    spans.append(waiting[0][1:])
+                    waiting.popleft()
+                yield level, spans
