@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.ledger import Commit, DataFileRecord, Ledger
-from pipelines.ordinals import unpack, without
+from pipelines.ordinals import InOrder, between, unpack, without
 from pipelines.registry import Plan, Unit, in_corpus_order
 from pipelines.schema import KEYED, ROWS, SUMMARIES, UNIT_FACTS, UNITS
 from pipelines.snapshots import Node, Run, Snapshot, newest, read_nodes, read_runs
@@ -44,9 +44,9 @@ class Registered:
         return len(self.identity["groups"])
 
     @cached_property
-    def live(self) -> np.ndarray:
-        """int64: ordinals of live units in corpus order."""
-        return np.fromiter((unit.ordinal for unit in self.units), np.int64, len(self.units))
+    def live(self) -> InOrder:
+        """Ordinals of live units in corpus order."""
+        return InOrder(np.fromiter((unit.ordinal for unit in self.units), np.int64, len(self.units)))
 
     @cached_property
     def known(self) -> np.ndarray:
@@ -68,6 +68,7 @@ class Contents:
     span: tuple[int, int]
     snapshot: Snapshot
     runs: tuple[Run, ...]  # those that have units in the span
+    nodes: tuple[Node, ...]  # those of the snapshot that reach into the span
     commits: dict[tuple[int, int], Commit]  # by (ordinal, group), of units that no run covers
 
     @property
@@ -89,13 +90,13 @@ class Contents:
     @cached_property
     def live(self) -> np.ndarray:
         """int64: ordinals of live units in corpus order."""
-        return _between(self.registered.live, *self.span)
+        return self.registered.live.between(*self.span)
 
     @cached_property
     def covered(self) -> np.ndarray:
         """int64, ascending: ordinals whose rows are in a run."""
         inside = np.concatenate([np.empty(0, np.int64), *(unpack(run.units) for run in self.runs)])
-        return np.sort(_between(inside, *self.span))
+        return between(np.sort(inside), *self.span)
 
     @cached_property
     def whole(self) -> np.ndarray:
@@ -125,21 +126,23 @@ class Contents:
     def summed(self) -> tuple[tuple[Node, ...], np.ndarray]:
         """The largest nodes that hold inside the span, and the other shown units of it, ascending."""
         first, stop = self.span
+        shown = InOrder(self.shown)
         found: list[Node] = []
-        level = list(self.snapshot.nodes)
+        level = list(self.nodes)
         while level:
             below: list[str] = []
-            for node in read_nodes(self.store, level):
+            for node in level:
                 inside = first <= node.first and node.stop <= stop
-                if inside and node.members == members(self.shown, node.first, node.stop):
+                if inside and node.members == members(shown, node.first, node.stop):
                     found.append(node)
                 elif node.first < stop and first < node.stop:
                     below.extend(node.children)
-            level = below
+            level = read_nodes(self.store, below)
+        found.sort(key=lambda node: node.first)
         alone = np.sort(self.shown)
-        for node in found:
-            alone = alone[(alone < node.first) | (alone >= node.stop)]
-        return tuple(sorted(found, key=lambda node: node.first)), alone
+        last = np.searchsorted([node.first for node in found], alone, "right")  # the node before each, from 1
+        stops = np.array([-1, *(node.stop for node in found)], np.int64)
+        return tuple(found), alone[alone >= stops[last]]
 
     def commits_of(self, ordinals: Iterable[int]) -> list[Commit]:
         """All groups' commits of units, by ordinal and group, those that runs cover too."""
@@ -186,17 +189,32 @@ def contents(store: Store) -> Contents:
 
 def resolve(store: Store, registered: Registered, span: tuple[int, int] = EVERYTHING) -> Contents:
     """What is committed of the units in a span of ordinals."""
+    return resolve_each(store, registered, [span])[0]
+
+
+def resolve_each(store: Store, registered: Registered, spans: Sequence[tuple[int, int]]) -> list[Contents]:
+    """What is committed of the units in each of some spans that do not overlap, at one moment."""
     snapshot = newest(store)
-    runs = tuple(run for run in read_runs(store, snapshot.runs) if _meets(run, *span))
-    settled = [unpack(ranges) for run in runs for ranges in (run.units, run.gone)]
-    settled_ordinals = np.sort(np.concatenate([np.empty(0, np.int64), *settled]))
-    open_ = without(_between(registered.known, *span), settled_ordinals)
-    return Contents(store, registered, span, snapshot, runs, Ledger(store).commits(open_))
+    hull = min(first for first, _ in spans), max(stop for _, stop in spans)
+    runs = [run for run in read_runs(store, snapshot.runs) if _meets(run, *hull)]
+    nodes = [node for node in read_nodes(store, snapshot.nodes) if node.meets(*hull)]
+    runs_of = [tuple(run for run in runs if _meets(run, *span)) for span in spans]
+    open_ = [_open(registered, inside, *span) for inside, span in zip(runs_of, spans, strict=True)]
+    commits = Ledger(store).commits(np.concatenate(open_))
+    found = []
+    for span, inside, ordinals in zip(spans, runs_of, open_, strict=True):
+        own = commits
+        if len(spans) > 1:
+            pairs = [(ordinal, group) for ordinal in ordinals.tolist() for group in range(registered.groups)]
+            own = {pair: commits[pair] for pair in pairs if pair in commits}
+        reaching = tuple(node for node in nodes if node.meets(*span))
+        found.append(Contents(store, registered, span, snapshot, inside, reaching, own))
+    return found
 
 
-def members(shown: np.ndarray, first: int, stop: int) -> str:
+def members(shown: InOrder, first: int, stop: int) -> str:
     """Digest of the shown units (in corpus order) in [first, stop): what a node's summaries depend on."""
-    return hashlib.blake2b(_between(shown, first, stop).astype("<i8").tobytes(), digest_size=12).hexdigest()
+    return hashlib.blake2b(shown.between(first, stop).astype("<i8").tobytes(), digest_size=12).hexdigest()
 
 
 def facts_of(commits: Sequence[Commit]) -> pa.Table:
@@ -232,8 +250,10 @@ def places(ordinals: np.ndarray) -> list[tuple[int, int, int]]:
     return [(int(ordinals[a]), int(ordinals[b - 1]) + 1, int(a)) for a, b in zip(cuts, stops, strict=True)]
 
 
-def _between(ordinals: np.ndarray, first: int, stop: int) -> np.ndarray:
-    return ordinals[(ordinals >= first) & (ordinals < stop)]
+def _open(registered: Registered, runs: Sequence[Run], first: int, stop: int) -> np.ndarray:
+    """Ordinals of a span that no run says anything of, ascending."""
+    settled = [unpack(ranges) for run in runs for ranges in (run.units, run.gone)]
+    return without(between(registered.known, first, stop), np.concatenate([np.empty(0, np.int64), *settled]))
 
 
 def _meets(run: Run, first: int, stop: int) -> bool:

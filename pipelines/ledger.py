@@ -9,7 +9,7 @@ list it. Everything is JSON that a person can read; `status` never needs a live 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ class DataFileRecord:
     digest: str  # blake2b-128, hex
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Commit:
     """One (unit, SAE group) done. Counts are of the unit, the same in every group's commit."""
 
@@ -122,14 +122,17 @@ class Ledger:
 
     def read_commits(self, pairs: Sequence[tuple[int, int]]) -> list[Commit]:
         """Commits that exist, by (ordinal, group)."""
-        return self._read([commit_name(*pair) for pair in pairs])
+        return list(self._read([commit_name(*pair) for pair in pairs]))
 
-    def _read(self, items: list[str]) -> list[Commit]:
-        commits = [_commit(data) for data in objects(self.store, items)]
-        for item, commit in zip(items, commits, strict=True):
-            if commit.name != item:
-                raise DataError(f"{self.store.uri}/{item}: damaged: it says that it is {commit.name}")
-        return commits
+    def _read(self, items: Sequence[str]) -> Iterator[Commit]:
+        """Commits by name, some at a time: as bytes and as JSON they are several times as large."""
+        for i in range(0, len(items), SPAN):
+            some = items[i : i + SPAN]
+            for item, data in zip(some, objects(self.store, some), strict=True):
+                commit = _commit(data)
+                if commit.name != item:
+                    raise DataError(f"{self.store.uri}/{item}: damaged: it says that it is {commit.name}")
+                yield commit
 
     def commit(self, commit: Commit) -> bool:
         """Publish a unit's group. False when another attempt was first: its files stay the truth."""

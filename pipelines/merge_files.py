@@ -42,8 +42,9 @@ class MergeRule:
     top_k: int
     sample_k: int
     metadata: Mapping[str, str]  # types of metadata columns, as in index.json
-    places: np.ndarray  # int64 [ordinals]: each unit's place in the corpus, which breaks ties
+    places: np.ndarray  # int64 [ordinals from `first` on]: units in corpus order, which breaks ties
     target_bytes: int = 256 << 20  # of a file
+    first: int = 0  # ordinal of the first of `places`
 
     def schema(self, kind: str) -> pa.Schema:
         """Columns of a kind."""

@@ -242,7 +242,7 @@ def _samples(table: pa.Table, rule: MergeRule) -> dict[str, Any]:
 def _places(table: pa.Table, rule: MergeRule) -> np.ndarray:
     """The contexts' places in the corpus, int64."""
     context = _column(table, "context")
-    return rule.places[context >> LOCAL_BITS] * LOCAL_MAX + context % LOCAL_MAX
+    return rule.places[(context >> LOCAL_BITS) - rule.first] * LOCAL_MAX + context % LOCAL_MAX
 
 
 def _taken(table: pa.Table, rows: np.ndarray) -> dict[str, Any]:

@@ -29,6 +29,30 @@ def unpack(ranges: Sequence[Sequence[int]]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
+def between(ordinals: np.ndarray, first: int, stop: int) -> np.ndarray:
+    """Those of ascending ordinals that are in [first, stop), as a view."""
+    low, high = np.searchsorted(ordinals, [first, stop])
+    return ordinals[low:high]
+
+
+class InOrder:
+    """Ordinals in an order of their own, of which those of a span are found without going through all."""
+
+    def __init__(self, ordinals: np.ndarray) -> None:
+        """`ordinals` int64, in that order, without repeats."""
+        self.ordinals = ordinals
+        self._order = np.argsort(ordinals, kind="stable")
+        self._ascending = ordinals[self._order]
+
+    def __len__(self) -> int:
+        return len(self.ordinals)
+
+    def between(self, first: int, stop: int) -> np.ndarray:
+        """Those in [first, stop), in that order."""
+        low, high = np.searchsorted(self._ascending, [first, stop])
+        return self.ordinals[np.sort(self._order[low:high])]
+
+
 def without(have: np.ndarray, taken: np.ndarray) -> np.ndarray:
     """Those of `have` that are not in `taken`; both ascending."""
     return np.setdiff1d(have, taken, assume_unique=True)

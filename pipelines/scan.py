@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -114,6 +115,7 @@ def run_scan(
             tally = _tally(spec.index, len(groups), held)
             tally.check()
             todo = _Todo(planned, held, len(groups))
+            del held  # a million commits, where nothing is compacted
             if options.address is not None and spec.model.device == "auto" and session.device == "cpu":
                 notice(
                     "note: the cluster has no GPU now, so this scans on CPUs; `model.device: cuda` waits for "
@@ -306,19 +308,21 @@ class _Todo:
     """(group, unit) pairs without a commit, group by group so that SAEs are loaded once; made as one asks."""
 
     def __init__(self, planned: Planned, held: Contents | None, groups: int) -> None:
-        self._groups = groups
-        self._units: Sequence[Unit] = planned.units
-        self._done: Container[tuple[int, int]] = ()
+        self._units = planned.units
+        left = np.ones((groups, 1 + max((unit.ordinal for unit in planned.units), default=-1)), bool)
         if held is not None:
-            covered, self._done = set(held.covered.tolist()), held.commits
-            self._units = [unit for unit in planned.units if unit.ordinal not in covered]
-        self.items = sum(1 for _ in self)
+            left[:, held.live[np.isin(held.live, held.covered)]] = False
+            for ordinal, group in held.commits:
+                if ordinal < left.shape[1]:
+                    left[group, ordinal] = False
+        own = np.fromiter((unit.ordinal for unit in planned.units), np.int64)
+        self._places = [np.flatnonzero(left[group, own]) for group in range(groups)]  # in `_units`
+        self.items = sum(map(len, self._places))
 
     def __iter__(self) -> Iterator[tuple[int, Unit]]:
-        for group in range(self._groups):
-            for unit in self._units:
-                if (unit.ordinal, group) not in self._done:
-                    yield group, unit
+        for group, places in enumerate(self._places):
+            for place in places:
+                yield group, self._units[place]
 
 
 def _tally(index: str, groups: int, held: Contents | None) -> Tally:

@@ -13,9 +13,9 @@ have one or the other whole. A snapshot that names 50 manifests stands for a mil
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from pipelines.ledger import DataFileRecord
 from pipelines.names import inside
@@ -51,6 +51,10 @@ class Node:
     files: Files
     children: tuple[str, ...]  # manifests of the nodes it was merged from; other units were merged one by one
 
+    def meets(self, first: int, stop: int) -> bool:
+        """Whether it reaches into [first, stop)."""
+        return self.first < stop and first < self.stop
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -61,11 +65,12 @@ class Snapshot:
     nodes: tuple[str, ...] = ()
 
 
+M = TypeVar("M", Run, Node)
 NONE = Snapshot(-1)
 SPAN = 1000  # snapshots of a folder: to find the newest, two listings
 # Manifests never change, and a scan that compacts as it goes asks for the same ones again and again.
-_read: dict[tuple[str, str], tuple[dict[str, Any], Files]] = {}
-_READ_MOST = 1 << 12
+_read: dict[tuple[str, str], Run | Node] = {}
+_READ_MOST = 1 << 16
 
 
 def newest(store: Store) -> Snapshot:
@@ -112,20 +117,12 @@ def write_node(store: Store, node: Node) -> None:
 
 def read_runs(store: Store, manifests: Sequence[str]) -> list[Run]:
     """Runs by the names of their manifests. DataError for one that is damaged."""
-    return [
-        Run(name, data["level"], _ranges(data["units"]), _ranges(data["gone"]), files)
-        for name, data, files in _manifests(store, manifests)
-    ]
+    return _manifests(store, manifests, _run)
 
 
 def read_nodes(store: Store, manifests: Sequence[str]) -> list[Node]:
     """Nodes by the names of their manifests. DataError for one that is damaged."""
-    return [
-        Node(
-            name, data["level"], data["first"], data["stop"], data["members"], files, tuple(data["children"])
-        )
-        for name, data, files in _manifests(store, manifests)
-    ]
+    return _manifests(store, manifests, _node)
 
 
 def manifest_name(stem: str) -> str:
@@ -133,25 +130,38 @@ def manifest_name(stem: str) -> str:
     return f"{MANIFESTS}/{stem}.json"
 
 
-def _manifests(store: Store, manifests: Sequence[str]) -> list[tuple[str, dict[str, Any], Files]]:
-    found = {name: _read[store.uri, name] for name in manifests if (store.uri, name) in _read}
-    missing = [name for name in manifests if name not in found]
+def _manifests(store: Store, manifests: Sequence[str], make: Callable[[str, dict[str, Any]], M]) -> list[M]:
+    missing = [name for name in manifests if (store.uri, name) not in _read]
+    found = {}
     for name, data in zip(missing, objects(store, missing), strict=True):
         try:
-            files = {
-                kind: tuple(DataFileRecord(**record) for record in records)
-                for kind, records in data["files"].items()
-            }
-            for kind, merged in files.items():
-                for record in merged:
-                    inside(record.path, kind)
-        except (KeyError, TypeError, AttributeError) as error:
+            found[name] = make(name, data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{store.uri}/{name}: damaged, not a manifest") from error
-        found[name] = data, files
-        if len(_read) >= _READ_MOST:
-            _read.clear()
-        _read[store.uri, name] = data, files
-    return [(name, *found[name]) for name in manifests]
+    pieces = [found[name] if name in found else _read[store.uri, name] for name in manifests]
+    if len(_read) + len(found) > _READ_MOST:
+        _read.clear()
+    _read.update({(store.uri, name): piece for name, piece in found.items()})
+    return cast(list[M], pieces)
+
+
+def _run(name: str, data: dict[str, Any]) -> Run:
+    return Run(name, data["level"], _ranges(data["units"]), _ranges(data["gone"]), _files(data))
+
+
+def _node(name: str, data: dict[str, Any]) -> Node:
+    first, stop, children = data["first"], data["stop"], tuple(data["children"])
+    return Node(name, data["level"], first, stop, data["members"], _files(data), children)
+
+
+def _files(data: dict[str, Any]) -> Files:
+    files = {
+        kind: tuple(DataFileRecord(**record) for record in records) for kind, records in data["files"].items()
+    }
+    for kind, merged in files.items():
+        for record in merged:
+            inside(record.path, kind)
+    return files
 
 
 def _named(files: Files) -> dict[str, Any]:

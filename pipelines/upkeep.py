@@ -11,10 +11,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 
-from pipelines.compaction import Done, Perform, Tiers, catch_up, settle
+from pipelines.compaction import Done, Perform, Tiers, at_once, catch_up, settle
 from pipelines.contents import Registered
 from pipelines.gc import READERS
 from pipelines.registry import next_ordinal
@@ -63,13 +63,10 @@ class Upkeep:
     def _run(self) -> None:
         try:
             self._note(catch_up(self._store, self._registered, self._perform))
-            while not self._dropped.is_set():
-                closed = self._closed.get()
-                if closed is None:
+            for level, spans in self._due():
+                self._note(settle(self._store, self._registered, level, spans, self._perform))
+                if self._dropped.is_set():
                     return
-                level, *span = closed
-                done = settle(self._store, self._registered, level, (span[0], span[1]), self._perform)
-                self._note(done)
         except Exception as error:
             if not self._dropped.is_set():
                 self._notice(
@@ -82,3 +79,22 @@ class Upkeep:
         self._replaced.append((now + READERS, done.replaced))
         while self._replaced and self._replaced[0][0] <= now:
             self._store.remove(self._replaced.popleft()[1])
+
+    def _due(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """Ranges in the order in which they closed; those of a level that wait in a row come together."""
+        waiting: deque[Closed | None] = deque()
+        while True:
+            waiting.append(self._closed.get())
+            while not self._closed.empty():
+                waiting.append(self._closed.get())
+            while waiting:
+                closed = waiting.popleft()
+                if closed is None:
+                    return
+                level, spans = closed[0], [closed[1:]]
+                while waiting and len(spans) < at_once(level):
+                    if waiting[0] is None or waiting[0][0] != level:
+                        break
+                    spans.append(waiting[0][1:])
+                    waiting.popleft()
+                yield level, spans

@@ -21,9 +21,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from hypothesis import given
+from hypothesis import strategies as st
 
 import queries
-from pipelines import compaction, contents, gc, snapshots
+from pipelines import compaction, contents, gc, snapshots, upkeep
+from pipelines.ordinals import InOrder, between
 from pipelines.storage import Store
 from sae_runtime.errors import DataError
 
@@ -264,6 +267,68 @@ def test_a_late_publisher_loses(index: Path, wanted: dict[str, list[tuple[Any, .
     assert compaction.execute(found, job) is not None
     assert compaction.execute(found, late) is None
     same(index, wanted)
+
+
+def test_ranges_are_published_together_and_each_for_itself(
+    index: Path, wanted: dict[str, list[tuple[Any, ...]]]
+) -> None:
+    """One snapshot names what was made of four ranges, less the run that somebody else was first with."""
+    store = Store(str(index))
+    found = contents.contents(store)
+    spans = [(0, 4), (4, 8), (8, 12), (12, 16)]
+    rivals = [compaction.RunJob(1, (), np.arange(5, 7))]
+
+    def slow(tasks: Any) -> Any:
+        if rivals:
+            assert compaction.execute(found, rivals.pop()) is not None
+        return compaction.perform_here(tasks)
+
+    done = compaction.settle(store, found.registered, 1, spans, slow)
+    assert (done.runs, done.nodes) == (3, 4)
+    snapshot = snapshots.newest(store)
+    assert (snapshot.number, len(snapshot.runs), len(snapshot.nodes)) == (1, 4, 4)
+    same(index, wanted)
+    compaction.compact(store)
+    same(index, wanted)
+
+
+def test_upkeep_merges_what_waits_in_a_row_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While something is being merged ranges close; those of a level are merged at once, in their order."""
+    begun, go_on = threading.Event(), threading.Event()
+    settled: list[tuple[int, list[tuple[int, int]]]] = []
+
+    def settle(store: Any, registered: Any, level: int, spans: Any, perform: Any) -> compaction.Done:
+        settled.append((level, list(spans)))
+        begun.set()
+        assert go_on.wait(30)
+        return compaction.Done()
+
+    monkeypatch.setattr(upkeep, "settle", settle)
+    monkeypatch.setattr(upkeep, "catch_up", lambda *given: compaction.Done())
+    monkeypatch.setattr(upkeep, "next_ordinal", lambda plans: 40)
+    registered: Any = type("Registered", (), {"plans": ()})()
+    notes: list[str] = []
+    with upkeep.Upkeep(
+        Store("memory://none"), registered, range(40), compaction.perform_here, notes.append
+    ) as at:
+        for ordinal in range(4):
+            at.committed(ordinal)
+        assert begun.wait(30)
+        for ordinal in range(4, 40):
+            at.committed(ordinal)
+        go_on.set()
+    ranges = [(first, first + 4) for first in range(0, 40, 4)]
+    assert settled == [
+        (1, ranges[:1]), (1, ranges[1:4]), (2, [(0, 16)]), (1, ranges[4:8]), (2, [(16, 32)]), (1, ranges[8:]),
+    ]  # fmt: skip
+    assert not notes
+
+
+@given(st.lists(st.integers(0, 40), unique=True), st.integers(-1, 41), st.integers(-1, 41))
+def test_spans_of_ordinals(ordinals: list[int], first: int, stop: int) -> None:
+    wanted = [ordinal for ordinal in ordinals if first <= ordinal < stop]
+    assert InOrder(np.array(ordinals, np.int64)).between(first, stop).tolist() == wanted
+    assert between(np.array(sorted(ordinals), np.int64), first, stop).tolist() == sorted(wanted)
 
 
 def test_what_is_too_old_is_not_published(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
