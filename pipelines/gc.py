@@ -53,6 +53,7 @@ def collect(store: Store, readers: float = READERS, unfinished: float = UNFINISH
     garbage = list(_garbage(store, contents(store), readers, unfinished))
     named = _named(store)  # by now: what was published since the index was resolved stays
     dead = [entry for entry, ripe in garbage if ripe and entry.name not in named]
+    crash("gc-listed")
     # Data before the manifests that name them: what is left of a killed gc is then garbage still.
     for part in (DATA, MANIFESTS, SNAPSHOTS, PLANS):
         names = [entry.name for entry in dead if entry.name.startswith(f"{part}/")]

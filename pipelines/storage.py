@@ -29,6 +29,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
+from pipelines.faults import crash
 from sae_runtime.errors import InputError, one_line
 
 _CONDITIONAL = {"s3", "s3a", "gs", "gcs", "abfs", "az"}  # their `mode="create"` is a conditional write
@@ -309,6 +310,7 @@ class Store:
         if self.local:
             for name in names:
                 remove(name)
+                crash("object-removed")
         else:
             _side_by_side(remove, names)
 
@@ -368,6 +370,7 @@ class Store:
                     f"index {self.uri}: this disk has no hard links, so commits would not be safe; "
                     "use another disk, s3://, gs:// or abfs://"
                 ) from error
+            crash("put-linked")
         _sync_folder(os.path.dirname(path))
         return True
 
@@ -382,6 +385,7 @@ class Store:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
+            crash("temporary-written")
             yield temporary
         finally:
             with contextlib.suppress(FileNotFoundError):
