@@ -202,12 +202,15 @@ class Store:
         """Names of the objects under `folder` (relative to it), sorted; empty if there is none."""
         return sorted(self._walk(folder)) if self.local else [entry.name for entry in self._find(folder)]
 
-    def details(self, folder: str) -> list[Entry]:
-        """The same objects with their size and time."""
+    def details(self, folder: str, hidden: bool = False) -> list[Entry]:
+        """The same objects with their size and time; or, with `hidden`, those that are in no listing.
+
+        Hidden ones are of a moment: what is old of them was left by a process that was killed.
+        """
         if not self.local:
-            return self._find(folder)
+            return self._find(folder, hidden)
         found = []
-        for name in sorted(self._walk(folder)):
+        for name in sorted(self._walk(folder, hidden)):
             with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                 state = os.stat(os.path.join(self._folder(folder), name))
                 found.append(Entry(name, state.st_size, state.st_mtime))
@@ -228,7 +231,7 @@ class Store:
     def _folder(self, folder: str) -> str:
         return self.path(folder) if folder else self.root
 
-    def _walk(self, folder: str) -> Iterator[str]:
+    def _walk(self, folder: str, hidden: bool = False) -> Iterator[str]:
         """Local objects under `folder`; a file or folder that goes away meanwhile is left out."""
 
         def failed(error: OSError) -> None:
@@ -239,10 +242,10 @@ class Store:
         for place, _, files in os.walk(base, onerror=failed):
             inside = place[len(base) + 1 :].replace(os.sep, "/")
             for file in files:
-                if not file.startswith("."):
+                if file.startswith(".") == hidden:
                     yield f"{inside}/{file}" if inside else file
 
-    def _find(self, folder: str) -> list[Entry]:
+    def _find(self, folder: str, hidden: bool = False) -> list[Entry]:
         base = self._folder(folder)
         self.fs.invalidate_cache()
         try:
@@ -253,7 +256,7 @@ class Store:
         entries = [
             Entry(path[len(base) + 1 :], int(info["size"]), _time(info))
             for path, info in found.items()
-            if path.startswith(f"{base}/") and not path.rsplit("/", 1)[-1].startswith(".")
+            if path.startswith(f"{base}/") and path.rsplit("/", 1)[-1].startswith(".") == hidden
         ]
         return sorted(entries, key=lambda entry: entry.name)
 
