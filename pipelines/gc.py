@@ -6,7 +6,7 @@ Three kinds, each with its own proof that it is dead:
   that whoever resolved the index before can finish. A dropped unit is first *retired* in the registry
   (put-if-absent beside the plans of scans): until then its file can come back and find its data, afterwards
   it is scanned anew;
-- work that nothing names, and what calls cut short left under hidden names: after UNFINISHED seconds, far
+- work that nothing names, and the temporaries of writers that were killed: after UNFINISHED seconds, far
   beyond the age at which an attempt refuses to commit.
 Ages are told by the store's own clock, for both ends. Invariant: killed at any point it leaves an index that
 reads the same, and the next gc goes on.
@@ -14,6 +14,7 @@ reads the same, and the next gc goes on.
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Iterable
@@ -33,6 +34,8 @@ from pipelines.storage import Entry, Store
 READERS = 600.0
 UNFINISHED = 86400.0
 _OWN = re.compile(r"(?P<kind>\w+)/(?P<unit>[0-9a-f]+)\.(?P<group>\d+)-(?P<attempt>[0-9a-f]+)\.parquet")
+_TURNS = (DATA, MANIFESTS, SNAPSHOTS, PLANS)
+_TEMPORARY = re.compile(r"(.*/)?\.(clock-)?[0-9a-f]{32}")  # as the storage door names them
 _MERGED = re.compile(r"\w+/(?P<stem>(?:run|node)-\d+-\d+-[0-9a-f]+)(?:-\d+)*\.parquet")
 
 
@@ -54,18 +57,21 @@ def collect(store: Store, readers: float = READERS, unfinished: float = UNFINISH
     garbage = list(_garbage(store, contents(store), readers, unfinished))
     named = _named(store)  # by now: what was published since the index was resolved stays
     dead = [entry for entry, ripe in garbage if ripe and entry.name not in named]
+    crash("gc-listed")
     # Data before the manifests that name them: what is left of a killed gc is then garbage still.
-    for part in (DATA, MANIFESTS, SNAPSHOTS, PLANS):
-        names = [entry.name for entry in dead if entry.name.startswith(f"{part}/")]
+    for _, part in itertools.groupby(sorted(dead, key=_turn), key=_turn):
+        names = [entry.name for entry in part]
         for first in range(0, len(names), 1000):
             store.remove(names[first : first + 1000])
             crash("gc-removing")
-    now = store.now()
-    left = [entry for entry in store.hidden() if now - entry.modified >= unfinished]
-    store.remove([entry.name for entry in left])
-    dead += left
     young = [entry for entry, ripe in garbage if not ripe]
     return Collected(retired, len(dead), sum(e.size for e in dead), len(young), sum(e.size for e in young))
+
+
+def _turn(entry: Entry) -> int:
+    """When an object goes; temporaries may lie anywhere."""
+    folder = entry.name.split("/")[0]
+    return _TURNS.index(folder) if folder in _TURNS else len(_TURNS)
 
 
 def _retire(store: Store, readers: float) -> int:
@@ -153,6 +159,9 @@ def _garbage(
     tables = {f"{PLANS}/{plan.run - 1:06d}-{plan.attempt}" for plan in found.plans}
     for entry in _listed(store, PLANS):
         if entry.name.endswith(".parquet") and entry.name.split(".")[0] not in tables:
+            yield entry, now - entry.modified >= unfinished
+    for entry in store.details("", hidden=True):
+        if _TEMPORARY.fullmatch(entry.name):
             yield entry, now - entry.modified >= unfinished
 
 

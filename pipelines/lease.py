@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from pipelines.faults import crash
 from pipelines.registry import dump
 from pipelines.storage import Store, names
 from sae_runtime.errors import DataError, Interrupted, one_line
@@ -122,6 +123,7 @@ class Lease:
         mine = replace(_self(), term=term, run=run)
         if not self._store.put_if_absent(_name(term), dump(asdict(mine))):
             raise _busy(self._store, newest(self._store) or mine)
+        crash("lease-taken")
         self._mine = mine
         self._beat = Beat(term, 0, 0.0, 0, False, {})
         self._sign()
@@ -164,6 +166,7 @@ class Lease:
             units = {} if ended else self._units
         self._beat = Beat(self._mine.term, self._beat.counter + 1, time.time(), self._workers, ended, units)
         self._store.write(HEARTBEAT, dump(asdict(self._beat)))
+        crash("heartbeat")
 
     def _release(self) -> None:
         self._stop.set()

@@ -136,7 +136,13 @@ class Ledger:
 
     def commit(self, commit: Commit) -> bool:
         """Publish a unit's group. False when another attempt was first: its files stay the truth."""
-        return self.store.put_if_absent(commit.name, dump(asdict(commit)))
+        data = dump(asdict(commit))
+        try:
+            return self.store.put_if_absent(commit.name, data)
+        except (ConnectionError, TimeoutError):  # the commit may be made, and the work need not be done again
+            if self.store.exists(commit.name) and self.store.read(commit.name) == data:
+                return True
+            raise
 
 
 def _commit(data: dict[str, Any]) -> Commit:

@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.faults import crash
 from pipelines.ordinals import Ranges, unpack
 from pipelines.schema import PLANS
 from pipelines.storage import Store, names
@@ -132,8 +133,11 @@ def write_plan(store: Store, plan: Plan) -> bool:
         "retired": plan.retired,
         "spec": plan.spec,
     }
+    crash("before-plan")
     _write(store, f"{stem}-{attempt}.files.parquet", files, _FILES)
+    crash("plan-files")
     _write(store, f"{stem}-{attempt}.units.parquet", units, _UNITS)
+    crash("plan-tables")
     return store.put_if_absent(f"{stem}.json", dump(head))
 
 

@@ -23,6 +23,7 @@ from pipelines.estimate import check_size, estimate
 from pipelines.executors.base import Attempted, Committed, Event, Executor, Failed, Progress
 from pipelines.executors.inline import InlineExecutor
 from pipelines.failures import Failures
+from pipelines.faults import crash
 from pipelines.lease import Lease
 from pipelines.ledger import Ledger
 from pipelines.ordinals import unpack
@@ -127,6 +128,7 @@ def run_scan(
             check_size(prepared, planned, estimate(prepared, planned, groups), spec.index)
             if todo.items:
                 session.connect()
+            crash("before-lease")
             lease.take(planned.plan.run)
             _register(store, ledger, want, planned, prepared)
             _name_changes(planned, notice)
@@ -342,8 +344,10 @@ def _register(
     store: Store, ledger: Ledger, want: dict[str, Any], planned: Planned, prepared: Prepared
 ) -> None:
     """Write index.json, the vocabulary and the plan, whichever are not there yet."""
+    crash("before-index")
     have = ledger.create(want)
     check_identity(store.uri, have, want)
+    crash("before-vocabulary")
     if not store.exists(VOCABULARY):
         sink = io.BytesIO()
         pq.write_table(vocabulary(load_tokenizer(prepared.source)), sink, compression="zstd")

@@ -75,11 +75,12 @@ _READ_MOST = 1 << 16
 
 def newest(store: Store) -> Snapshot:
     """The newest snapshot, or one of nothing."""
-    folders = store.folders(SNAPSHOTS)
-    if not folders:
+    # On local disk a folder is there before its first snapshot, and stays so if the writer is killed.
+    folders = (f"{SNAPSHOTS}/{folder}" for folder in reversed(store.folders(SNAPSHOTS)))
+    found = ([f"{folder}/{name}.json" for name in names(store, folder, ".json")] for folder in folders)
+    name = next((each[-1] for each in found if each), None)
+    if name is None:
         return NONE
-    folder = f"{SNAPSHOTS}/{folders[-1]}"
-    name = f"{folder}/{list(names(store, folder, '.json'))[-1]}.json"
     [data] = objects(store, [name])
     try:
         return Snapshot(int(data["number"]), tuple(data["runs"]), tuple(data["nodes"]))

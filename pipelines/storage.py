@@ -29,6 +29,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
+from pipelines.faults import crash
 from sae_runtime.errors import InputError, one_line
 
 # Whose `mode="create"` is a conditional write, and by which library.
@@ -202,27 +203,19 @@ class Store:
         """Names of the objects under `folder` (relative to it), sorted; empty if there is none."""
         return sorted(self._walk(folder)) if self.local else [entry.name for entry in self._find(folder)]
 
-    def details(self, folder: str) -> list[Entry]:
-        """The same objects with their size and time."""
+    def details(self, folder: str, hidden: bool = False) -> list[Entry]:
+        """The same objects with their size and time; or, with `hidden`, those that are in no listing.
+
+        Hidden ones are of a moment: what is old of them was left by a process that was killed.
+        """
         if not self.local:
-            return self._find(folder)
+            return self._find(folder, hidden)
         found = []
-        for name in sorted(self._walk(folder)):
+        for name in sorted(self._walk(folder, hidden)):
             with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                 state = os.stat(os.path.join(self._folder(folder), name))
                 found.append(Entry(name, state.st_size, state.st_mtime))
         return found
-
-    def hidden(self) -> list[Entry]:
-        """What calls that never ended left behind: objects that no other listing shows."""
-        if not self.local:
-            return [entry for entry in self._find("", hidden=True) if _is_hidden(entry.name)]
-        found = []
-        for name in self._walk("", hidden=True):
-            with contextlib.suppress(FileNotFoundError):
-                state = os.stat(os.path.join(self.root, name))
-                found.append(Entry(name, state.st_size, state.st_mtime))
-        return [entry for entry in found if _is_hidden(entry.name)]
 
     def folders(self, folder: str) -> list[str]:
         """Names of the folders directly inside `folder`, sorted; local disk knows empty ones too."""
@@ -250,7 +243,7 @@ class Store:
         for place, _, files in os.walk(base, onerror=failed):
             inside = place[len(base) + 1 :].replace(os.sep, "/")
             for file in files:
-                if hidden or not _is_hidden(file):
+                if file.startswith(".") == hidden:
                     yield f"{inside}/{file}" if inside else file
 
     def _find(self, folder: str, hidden: bool = False) -> list[Entry]:
@@ -264,7 +257,7 @@ class Store:
         entries = [
             Entry(path[len(base) + 1 :], int(info["size"]), _time(info))
             for path, info in found.items()
-            if path.startswith(f"{base}/") and (hidden or not _is_hidden(path))
+            if path.startswith(f"{base}/") and path.rsplit("/", 1)[-1].startswith(".") == hidden
         ]
         return sorted(entries, key=lambda entry: entry.name)
 
@@ -321,6 +314,7 @@ class Store:
         if self.local:
             for name in names:
                 remove(name)
+                crash("object-removed")
         else:
             _side_by_side(remove, names)
 
@@ -380,6 +374,7 @@ class Store:
                     f"index {self.uri}: this disk has no hard links, so commits would not be safe; "
                     "use another disk, s3://, gs:// or abfs://"
                 ) from error
+            crash("put-linked")
         _sync_folder(os.path.dirname(path))
         return True
 
@@ -394,6 +389,7 @@ class Store:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
+            crash("temporary-written")
             yield temporary
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -485,10 +481,6 @@ def _sync_folder(folder: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.rsplit("/", 1)[-1].startswith(".")
 
 
 def names(store: Store, folder: str, suffix: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.faults import crash
 from pipelines.ledger import DataFileRecord
 from pipelines.schema import DATA, SCHEMAS, documents_schema, metadata_type
 from pipelines.storage import DataFile, Store
@@ -79,6 +80,7 @@ class UnitWriter:
             stream = self._store.create(f"{DATA}/{kind}/{self._name}")
             self._open[kind] = stream, pq.ParquetWriter(stream, schema, **parquet_options(kind, schema))
             self._rows[kind] = 0
+            crash("data-opened")
         self._open[kind][1].write_table(table, row_group_size=ROWS_PER_GROUP)
         self._rows[kind] += table.num_rows
 
@@ -90,6 +92,7 @@ class UnitWriter:
             stream.close()
             path = f"{DATA}/{kind}/{self._name}"
             records[kind] = DataFileRecord(path, self._rows[kind], stream.bytes, stream.digest)
+            crash("data-closed")
         return records
 
     def abandon(self) -> None:

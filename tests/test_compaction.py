@@ -419,7 +419,7 @@ def test_what_lost_attempts_left_is_removed_at_once(
 
 def test_what_calls_cut_short_left_is_removed(index: Path, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
     store = Store(str(index))
-    left = [index / "commits" / "000000" / ".000000003.0.json.0a1b2c3d", index / ".clock-0a1b2c3d"]
+    left = [index / "commits" / "000000" / f".{'0a' * 16}", index / f".clock-{'0a' * 16}"]
     for file in left:
         file.write_text("{")
     assert gc.collect(store).removed == 0
