@@ -169,7 +169,7 @@ def test_killed_at_any_point_and_run_again(
 def test_killed_before_the_first_snapshot_is_there(
     tmp_path: Path, begin: Callable[..., Path], stories: dict[str, Story]
 ) -> None:
-    """At each temporary of a compaction up to the one of the index's first snapshot: unit facts, manifests, it."""
+    """At each temporary of a compaction up to that of the first snapshot: unit facts, manifests, it."""
     folder = begin(tmp_path, "first")
     index = folder / "index"
     scan, compact, *_ = lines(folder / "spec.yaml")
