@@ -7,6 +7,7 @@ imports happen inside the commands, so that `--help` and reading commands start 
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -34,6 +35,7 @@ from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interru
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
 _TIDY_SECONDS = 10.0
+_UPKEEP = "upkeep"  # the thread of pipelines/upkeep.py, which is slow to import
 # Errors of a disk or a filesystem that mean a wrong path, not a failure.
 _WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -463,7 +465,14 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         message(f"error: {where}{error.strerror or one_line(error)}")
         code = InputError.exit_code if isinstance(error, _WRONG_PATH) else CorpuscopeError.exit_code
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if any(thread.name == _UPKEEP for thread in threading.enumerate()):
+        # Compaction of a scan that was stopped goes on until the very end; Python's own end would cut it off
+        # inside C++, which aborts the process with another code.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

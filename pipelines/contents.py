@@ -10,7 +10,6 @@ folders are not listed.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,7 +164,7 @@ class Contents:
     def merged_facts(self) -> pa.Table:
         """Counts of the units that runs know of (UNIT_FACTS), shown or not."""
         tables = [
-            pq.read_table(io.BytesIO(self.store.read(record.path)), schema=UNIT_FACTS)
+            pq.ParquetFile(pa.BufferReader(self.store.read(record.path))).read(use_threads=False)
             for record in _of(self.runs, UNITS)
         ]
         return pa.concat_tables([UNIT_FACTS.empty_table(), *tables])

@@ -365,6 +365,42 @@ def test_ray_gives_what_inline_gives(
     assert not tiny.differences(tiny.views(tiny_index), tiny.views(tmp_path / "index"))
 
 
+BUSY = """
+import sys
+import numpy as np
+from jobs import cli
+from pipelines import scan, upkeep
+from sae_runtime.errors import Interrupted
+
+def busy(*given):
+    while True:
+        np.unique(np.arange(1 << 18)[::-1])
+
+class Stops:
+    workers = 1
+    def run(self, *given):
+        raise Interrupted("stopped")
+    def close(self):
+        pass
+    merge = None
+
+upkeep.catch_up, scan.InlineExecutor = busy, lambda setup: Stops()
+sys.argv[1:] = ["scan", sys.argv[1], "--executor", "inline"]
+cli.main()
+"""
+
+
+def test_stopped_while_compaction_is_at_work(tmp_path: Path, write_spec: Callable[..., Path]) -> None:
+    """The interpreter's end, with a thread in C++, would abort: half of the time in this process."""
+    spec = write_spec(tmp_path)
+    for _ in range(4):
+        done = subprocess.run(
+            [sys.executable, "-c", BUSY, str(spec)], cwd=ROOT, env=environment(tmp_path),
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (75, "error: stopped")
+
+
 @pytest.mark.cluster
 def test_ray_driver_killed_and_run_again(
     tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any], tiny_index: Path
