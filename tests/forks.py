@@ -73,7 +73,7 @@ class _Told(Counter[str]):
 
 
 def fork(folder: Path, lines: Sequence[Sequence[str]], fan: int, plan: str = "none") -> Fork:
-    """Start command lines of `corpuscope`, one after the other until one fails; they merge `fan` at once.
+    """Start command lines of `corpuscope`, one after the other until one fails, merging `fan` at once.
 
     `plan` is a fault. Log and told points go to files in `folder`.
     """
