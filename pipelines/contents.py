@@ -160,19 +160,19 @@ class Contents:
         own = self.commits_of(self.own)
         return [*_of(self.runs, kind), *_own(own, "document_features" if kind == "by_document" else kind)]
 
-    @cached_property
-    def merged_facts(self) -> pa.Table:
-        """Counts of the units that runs know of (UNIT_FACTS), shown or not."""
+    def merged_facts(self, columns: Sequence[str] = UNIT_FACTS.names) -> pa.Table:
+        """Counts of the units that runs know of (columns of UNIT_FACTS), shown or not."""
+        wanted = pa.schema([UNIT_FACTS.field(name) for name in columns])
         tables = [
-            pq.ParquetFile(pa.BufferReader(self.store.read(record.path))).read(use_threads=False)
+            pq.ParquetFile(pa.BufferReader(self.store.read(record.path))).read(columns, use_threads=False)
             for record in _of(self.runs, UNITS)
         ]
-        return pa.concat_tables([UNIT_FACTS.empty_table(), *tables])
+        return pa.concat_tables([wanted.empty_table(), *tables])
 
     @cached_property
     def facts(self) -> pa.Table:
         """Counts of every unit that was ever committed whole (UNIT_FACTS), shown or not."""
-        return pa.concat_tables([self.merged_facts, facts_of(self.commits_of(self.whole))])
+        return pa.concat_tables([self.merged_facts(), facts_of(self.commits_of(self.whole))])
 
 
 def contents(store: Store) -> Contents:

@@ -333,7 +333,8 @@ def _tally(index: str, groups: int, held: Contents | None) -> Tally:
         return Tally(index, groups, ())
     live = set(held.live.tolist())
     tally = Tally(index, groups, (c for c in held.commits.values() if c.ordinal in live))
-    inside = held.merged_facts.filter(pc.is_in(held.merged_facts["ordinal"], pa.array(held.live)))
+    merged = held.merged_facts(("ordinal", "documents", "quarantined"))
+    inside = merged.filter(pc.is_in(merged["ordinal"], pa.array(held.live)))
     quarantined = pc.sum(inside["quarantined"], min_count=0).as_py()
     tally.quarantined += quarantined
     tally.read += pc.sum(inside["documents"], min_count=0).as_py() + quarantined
