@@ -48,7 +48,7 @@ SCAN_PHASES: dict[str, tuple[tuple[str, ...], float]] = {
     "unit": (("before-unit", "data-opened"), 0.15),
     "commit": (("before-commit", "put-linked", "after-commit"), 0.01),
     "compaction": (("merge-file", "compact-files", "compact-manifest", "compact-published"), 0.02),
-    "end": (("after-commit",), 0.4),  # of the last unit
+    "end": (("after-commit",), 0.2),  # of the last unit
 }
 COMPACT_PHASES: dict[str, tuple[tuple[str, ...], float]] = {
     "planning": ((), 0.4),
@@ -130,14 +130,14 @@ class World:
         return folder / "spec.yaml"
 
     def _put(self, name: str) -> None:
-        """A file of the pool; of three, one has more rows than there, of them one damaged now and then."""
+        """A file of the pool, mostly with a row more than there, and now and then a damaged one."""
         text = (self.pool / name).read_text(encoding="utf-8")
-        if self.random.random() < 1 / 3:
+        if self.random.random() < 0.8:
             self.version += 1
             text += (
                 json.dumps({"id": f"new-{self.version}", "text": f"seven red foxes {self.version}"}) + "\n"
             )
-            if self.random.random() < 0.4:
+            if self.random.random() < 0.2:
                 text += '{"id": "damaged", "text": \n'
         (self.corpus / name).write_text(text, encoding="utf-8")
         self.changed += 1
@@ -149,7 +149,7 @@ class World:
         for name in self.random.sample(there, min(len(there) - 5, self.random.randint(0, 5))):
             (self.corpus / name).unlink()
         there = sorted(f.name for f in self.corpus.iterdir())
-        for name in self.random.sample(there, self.random.randint(0, 3)):
+        for name in self.random.sample(there, self.random.randint(4, 5)):
             self._put(name)
         absent = sorted(set(self.names) - set(there))
         for name in self.random.sample(absent, min(len(absent), self.random.randint(3, 6))):
@@ -246,7 +246,7 @@ class Soak:
         """Two drivers: the lease sends one away, or there is none and both work."""
         free = [FREE] if self.random.random() < 0.75 else []
         one, two = (fork(self.world.logs, [[*free, *self.world.scan()]], FAN) for _ in range(2))
-        kills = self._killed(one, "scan", SCAN_PHASES) + self._killed(two, "scan", SCAN_PHASES)
+        kills = self._killed(one, "scan", SCAN_PHASES) + self._killed(two, "scan", {"at once": ((), 0.2)})
         self.tally.two_at_once += kills if free else 0
 
     def _killed(self, work: Fork, command: str, phases: dict[str, tuple[tuple[str, ...], float]]) -> int:

@@ -277,7 +277,7 @@ class Store:
         """A stream for a new object of an attempt-unique name."""
         path = self.path(name)
         if self.local:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            _make_folder(os.path.dirname(path))
             return DataFile(open(path, "xb"), _to_disk, _off_disk)
 
         def finish(stream: IO[Any]) -> None:
@@ -382,7 +382,7 @@ class Store:
     def _sibling(self, path: str, data: bytes) -> Iterator[str]:
         """A hidden file with `data`, on the disk, in the folder of `path`; it is gone afterwards."""
         folder = os.path.dirname(path)
-        os.makedirs(folder, exist_ok=True)
+        _make_folder(folder)
         temporary = os.path.join(folder, f".{uuid.uuid4().hex}")
         try:
             with open(temporary, "xb") as stream:
@@ -473,6 +473,16 @@ def _to_disk(stream: IO[Any]) -> None:
 def _off_disk(stream: IO[Any]) -> None:
     stream.close()
     os.unlink(stream.name)
+
+
+def _make_folder(folder: str) -> None:
+    """Make a folder and those above it, each on the disk: what is in it is no safer than its own entry."""
+    if os.path.isdir(folder):
+        return
+    above = os.path.dirname(folder)
+    _make_folder(above)
+    os.makedirs(folder, exist_ok=True)  # somebody else may have made it meanwhile
+    _sync_folder(above)
 
 
 def _sync_folder(folder: str) -> None:
