@@ -51,9 +51,9 @@ class Upkeep:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._dropped.set()
-            return
         self._closed.put(None)
-        self._thread.join()
+        if kind is None:
+            self._thread.join()
 
     def committed(self, ordinal: int) -> None:
         """One SAE group of a unit is committed."""

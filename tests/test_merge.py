@@ -32,7 +32,7 @@ from pipelines.partials import Moments
 from pipelines.schema import DATA, KINDS, LOCAL_BITS, SCHEMAS, documents_schema, key, metadata_type
 from pipelines.storage import Store
 from pipelines.writer import UnitWriter, sae_column, windows_column
-from queries.connect import _HERE, _fill, _statements, _values
+from queries.connect import _HERE, _statements, _values, fill
 from queries.relations import parquet
 from sae_runtime import suites
 from sae_runtime.errors import DataError
@@ -128,7 +128,7 @@ def views_over(store: Store, parts: Sequence[Part], views: Sequence[str]) -> dic
     con = duckdb.connect()
     for name in ("helpers.sql", "views.sql", "macros.sql"):
         for statement in _statements((_HERE / name).read_text()):
-            con.execute(_fill(statement, values))
+            con.execute(fill(statement, values))
     return {view: con.sql(f"SELECT * FROM {view} ORDER BY ALL").fetchall() for view in views}
 
 

@@ -284,7 +284,7 @@ def test_threads_share_a_file(s3: Any) -> None:
 def test_a_missing_bucket_is_named(s3_spec: Path, scan_inline: Callable[..., Any]) -> None:
     with pytest.raises(FileNotFoundError) as missing:
         scan_inline(s3_spec, "s3://no-such-bucket/index")
-    assert missing.value.filename == "s3://no-such-bucket/index/index.json"
+    assert missing.value.filename.startswith("s3://no-such-bucket/index/")
     assert missing.value.strerror == "The specified bucket does not exist"
     with pytest.raises(CorpuscopeError, match="s3://no-such-bucket/index"):
         command_error("status", "s3://no-such-bucket/index")
