@@ -26,6 +26,7 @@ from jobs.output import (
     format_option,
     in_color,
     message,
+    opened,
     placed,
     print_facts,
     print_rows,
@@ -220,7 +221,6 @@ def saes(suite: str, select: tuple[str, ...], site: str | None, format_: str) ->
 def sql(index: str, statement: str | None, script: bool, format_: str, output: str | None) -> None:
     """One read-only SQL STATEMENT over the views of INDEX."""
     from pipelines.storage import Store
-    from queries.connect import connect
     from queries.connect import script as statements
     from queries.lookup import column_names, rows, select
 
@@ -231,7 +231,7 @@ def sql(index: str, statement: str | None, script: bool, format_: str, output: s
         raise InputError('sql: a statement is missing; for example "SELECT * FROM saes"')
     if (format_ == "parquet") != (output is not None):
         raise InputError("sql: --format parquet and -o FILE go together")
-    result = select(connect(index), statement)
+    result = select(opened(index), statement)
     if output is not None:
         _write_parquet(result, output)
         return
@@ -246,12 +246,11 @@ def sql(index: str, statement: str | None, script: bool, format_: str, output: s
 @format_option
 def feature(index: str, sae: str, number: int, k: int, format_: str) -> None:
     """One FEATURE of an SAE: its statistics and max-activating contexts, active tokens marked."""
-    from queries.connect import connect
     from queries.lookup import CONTEXT_COLUMNS, resolve_sae
     from queries.lookup import feature as look_up
     from queries.show import feature_view
 
-    con = connect(index)
+    con = opened(index)
     name = resolve_sae(con, sae)
     found = look_up(con, name, number, k)
     asked = click.get_current_context().get_parameter_source("k") is not ParameterSource.DEFAULT
@@ -286,10 +285,9 @@ def features(index: str, sae: str, sort: str, limit: int, format_: str) -> None:
     For people it is short, and ends with the text at the highest activation; the other formats have
     every column.
     """
-    from queries.connect import connect
     from queries.lookup import FEATURE_COLUMNS, feature_table, resolve_sae
 
-    con = connect(index)
+    con = opened(index)
     rows = feature_table(con, resolve_sae(con, sae), sort, limit)
     columns = [*FEATURE_COLUMNS, "example"]
     if format_ == "table":

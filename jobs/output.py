@@ -42,6 +42,13 @@ format_option = click.option(
 )
 
 
+def opened(index: str) -> Any:
+    """A connection to INDEX: one URI, or several with commas between them. Raises InputError, DataError."""
+    from queries.connect import connect
+
+    return connect(*(uri for uri in index.split(",") if uri))
+
+
 def console(stderr: bool = False) -> Console:
     """A console that wraps nothing when it is not a terminal."""
     out = Console(stderr=stderr, highlight=False)

@@ -36,7 +36,7 @@ from pipelines.schema import (
 from pipelines.storage import Store
 from queries.relations import literal, name, parquet, table, texts, without
 from queries.remote import RemoteFiles
-from sae_runtime.errors import DataError, one_line
+from sae_runtime.errors import DataError, InputError, one_line
 
 _HERE = Path(__file__).parent
 _SAE_COLUMNS = {
@@ -72,12 +72,14 @@ _RUN_COLUMNS = {
 }
 
 
-def connect(uri: str) -> duckdb.DuckDBPyConnection:
+def connect(uri: str, *more: str) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection with the index's views and macros. Raises InputError if there is no index.
 
     DataError names a file that is gone. Files that were replaced and removed while it was opened are not: the
     index is resolved again then.
     """
+    if more:
+        raise InputError(f"{uri}: several indexes at once are not supported yet")
     store = Store(uri)
     found, filled = resolved(store)
     while True:

@@ -63,15 +63,20 @@ def arrow_table(result: duckdb.DuckDBPyConnection) -> pa.Table:
         return table.rename_columns(names)
 
 
-def select(con: duckdb.DuckDBPyConnection, statement: str) -> duckdb.DuckDBPyConnection:
-    """Run one read-only statement. Raises InputError (one line) for anything else or for SQL errors."""
+def select(
+    con: duckdb.DuckDBPyConnection, statement: str, values: Sequence[Any] | dict[str, Any] = ()
+) -> duckdb.DuckDBPyConnection:
+    """Run one read-only statement. Raises InputError (one line) for anything else or for SQL errors.
+
+    `values` are those of its `?`, `$1` or `$name`.
+    """
     with _sql_errors():
         found = duckdb.extract_statements(statement)
         if len(found) != 1:
             raise InputError(f"sql: one statement is wanted, {len(found)} were given")
         _check_reading(found[0])
         con.execute("SET python_enable_replacements = false")  # or an unknown table is looked for in Python
-        return con.execute(found[0])
+        return con.execute(found[0], values or None)
 
 
 def _check_reading(statement: duckdb.Statement) -> None:
