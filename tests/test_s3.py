@@ -255,13 +255,13 @@ def test_an_s3fs_that_would_overwrite_is_refused(s3: Any, monkeypatch: pytest.Mo
 
 def test_threads_share_a_file(s3: Any) -> None:
     """As DuckDB does; every read is of the place that its own thread sought."""
-    from queries.remote import SMALL, RemoteFiles
+    from queries.files import SMALL, IndexFiles, url
 
     data = random.Random(0).randbytes(3 * SMALL)
     store = Store(f"s3://{BUCKET}/shared")
     for name, size in (("large", 3 * SMALL), ("small", SMALL)):
         store.write(name, data[:size])
-        with RemoteFiles(store).open(store.url(name)) as stream:
+        with IndexFiles([store], {}).open(url(0, name)) as stream:
 
             def read(seed: int, stream: Any = stream, size: int = size) -> bool:
                 rng = random.Random(seed)
