@@ -120,9 +120,9 @@ def connect(uri: str, *more: str, **settings: Any) -> duckdb.DuckDBPyConnection:
         try:
             return opened(found, **settings)
         except DataError:
-            before = [each.named for each in found]
+            before = _files(found)
             found = [resolved(store) for store in stores]
-            if [each.named for each in found] == before:
+            if _files(found) == before:
                 raise
 
 
@@ -136,8 +136,7 @@ def opened(found: Sequence[Contents], **settings: Any) -> duckdb.DuckDBPyConnect
     """The same for indexes that are resolved already. Raises DataError, InputError."""
     con = _session(found, settings)
     try:
-        values = _values(found, url, con)
-        for statement in _script(values):
+        for statement in _script(_values(found, url, con)):
             con.execute(statement)
         for name, value in _CLOSED.items():
             con.execute(f"SET {name} = {value}")
@@ -167,8 +166,12 @@ def script(stores: Sequence[Store]) -> list[str]:
 
 def values(found: Contents) -> dict[str, str]:
     """What the `$names` of the .sql files stand for in a connection to one index."""
-    with reading(found.store.uri):
-        return _values([found], url, None)
+    return _values([found], url, None)
+
+
+def _files(found: Sequence[Contents]) -> list[frozenset[str]]:
+    with reading(_uris(found)):
+        return [each.named for each in found]
 
 
 def _uris(found: Sequence[Contents]) -> str:
@@ -177,13 +180,11 @@ def _uris(found: Sequence[Contents]) -> str:
 
 def _session(found: Sequence[Contents], settings: dict[str, Any]) -> duckdb.DuckDBPyConnection:
     """A DuckDB in memory that sees the files of some indexes; it is not closed to anything else yet."""
-    sizes = {
-        (number, file.path): file.bytes
-        for number, each in enumerate(found)
-        if not each.store.local
-        for kind in KINDS
-        for file in each.files(kind)
-    }
+    sizes: dict[tuple[int, str], int] = {}
+    for number, each in enumerate(found):
+        if not each.store.local:
+            with reading(each.store.uri):
+                sizes |= {(number, file.path): file.bytes for kind in KINDS for file in each.files(kind)}
     # Until a query spills there is no such folder; DuckDB removes it with the connection.
     scratch = os.path.join(tempfile.gettempdir(), f"corpuscope-{uuid.uuid4().hex}")
     con = duckdb.connect(":memory:", config={**_SETTINGS, "temp_directory": scratch, **settings})
@@ -208,11 +209,18 @@ def busy_seconds(started: Iterable[float], finished: Iterable[float]) -> float:
 def _values(
     found: Sequence[Contents], named: Callable[[int, str], str], con: duckdb.DuckDBPyConnection | None
 ) -> dict[str, str]:
-    """What the `$names` of the .sql files stand for.
+    """What the `$names` of the .sql files stand for. Raises DataError, InputError.
 
     `named` gives what DuckDB opens as a file of the index of a number; `con` sees them as `url` has them, and
     is needed for several indexes.
     """
+    with reading(_uris(found)):
+        return _filled(found, named, con)
+
+
+def _filled(
+    found: Sequence[Contents], named: Callable[[int, str], str], con: duckdb.DuckDBPyConnection | None
+) -> dict[str, str]:
     first = found[0]
     fixed = first.identity["fixed"]
     length, metadata = int(fixed["context.length"]), fixed["metadata"]
