@@ -102,6 +102,7 @@ _RUN_COLUMNS = {
     "documents": "BIGINT",
     "tokens": "BIGINT",
     "tokens_per_second": "DOUBLE",
+    "index": "VARCHAR",  # of several the one that it made
 }
 
 
@@ -349,6 +350,7 @@ def _run_rows(found: Contents) -> list[list[Any]]:
             "documents": pc.sum(done["documents"], min_count=0).as_py(),
             "tokens": tokens,
             "tokens_per_second": tokens / busy if busy else None,
+            "index": found.store.uri,
         }
         rows.append([values[column] for column in _RUN_COLUMNS])
     return rows
