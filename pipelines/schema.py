@@ -7,7 +7,7 @@
     snapshots/<range>/<number>.json    which merged files stand for which units; manifests/ name those files
     data/<kind>/<unit>.<group>-<attempt>.parquet
     failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
-    annotations/<number>.json      which files hold decoder-side facts and explanations (annotations.py)
+    annotations/<number>.json      which files hold facts of decoders and explanations
     leases/<term>.json             who may scan; heartbeat.json says that they live
 
 Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit; `token` in activation

@@ -263,3 +263,16 @@ FROM (
         GROUP BY ALL
     )
 );
+
+-- What `annotate` adds; empty before. A feature's highest (sign 1) and lowest (-1) output tokens.
+CREATE VIEW feature_tokens AS SELECT sae, feature, sign, rank, token, logit FROM $feature_tokens;
+
+-- The features whose decoder rows point alike, of the same SAE and of others.
+CREATE VIEW feature_neighbours AS
+SELECT sae, feature, rank, other_sae, other_feature, cosine FROM $feature_neighbours;
+
+-- The length of a feature's decoder row as published.
+CREATE VIEW feature_decoders AS SELECT sae, feature, norm FROM $feature_decoders;
+
+CREATE VIEW explanations AS
+SELECT sae, feature, description, method, model, score, source FROM $explanations;

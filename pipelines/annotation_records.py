@@ -96,7 +96,7 @@ def read(store: Store, name: str) -> Annotations:
 def publish(
     store: Store, files: Sequence[Annotated], done: Mapping[str, Mapping[str, Done]] | None = None
 ) -> Annotations:
-    """Make a record that holds `files` and `done` beside what the newest one holds, less what they replace."""
+    """Make a record of `files` and `done` and of what the newest one holds, less what they replace."""
     while True:
         merged = _merged(newest(store), files, done or {})
         head = {
@@ -137,7 +137,9 @@ def _file(data: dict[str, Any]) -> Annotated:
         raise ValueError(kind)
     record = DataFileRecord(data["path"], data["rows"], data["bytes"], data["digest"])
     inside(record.path, kind)
-    return Annotated(kind, record, tuple((str(sae), str(source)) for sae, source in data["keys"]), data["whole"])
+    return Annotated(
+        kind, record, tuple((str(sae), str(source)) for sae, source in data["keys"]), data["whole"]
+    )
 
 
 def _plain(each: Annotated) -> dict[str, Any]:
@@ -151,5 +153,3 @@ def _plain(each: Annotated) -> dict[str, Any]:
         "keys": each.keys,
         "whole": each.whole,
     }
-
-
