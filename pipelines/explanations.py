@@ -190,9 +190,8 @@ def _score(value: object) -> float | None:
 def _table(key: Key, rows: Sequence[tuple[Any, ...]]) -> pa.Table:
     schema = FACTS["explanations"]
     sae, source = key
-    columns = dict(
-        zip(("feature", "description", "method", "model", "score"), zip(*rows, strict=True), strict=True)
-    )
+    names = ("feature", "description", "method", "model", "score")
+    columns: dict[str, Sequence[Any]] = dict(zip(names, zip(*rows, strict=True), strict=True))
     columns |= {"sae": [sae] * len(rows), "source": [source] * len(rows)}
     return pa.Table.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
 

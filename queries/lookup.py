@@ -243,7 +243,42 @@ def feature(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> di
         [sae, number, k, _NEAR],
     )
     _spell(con, found["contexts"])
-    return found
+    return found | _annotated(con, sae, number)
+
+
+def _annotated(con: duckdb.DuckDBPyConnection, sae: str, number: int) -> dict[str, Any]:
+    """What `annotate` has added to a feature; empty lists where it has not."""
+    tokens = _ask(
+        con,
+        """
+        SELECT f.sign, f.token, v.bytes, f.logit
+        FROM feature_tokens AS f LEFT JOIN vocabulary AS v ON v.token = f.token
+        WHERE f.sae = $1 AND f.feature = $2
+        ORDER BY f.sign DESC, f.rank
+        """,
+        [sae, number],
+    )
+    signs: dict[int, list[dict[str, Any]]] = {1: [], -1: []}
+    for row in tokens:
+        text = (row["bytes"] or b"").decode(errors="replace")
+        signs[row["sign"]].append({"token": row["token"], "text": text, "logit": row["logit"]})
+    return {
+        "explanations": _ask(
+            con,
+            "SELECT description, method, model, score, source FROM explanations "
+            "WHERE sae = $1 AND feature = $2 "
+            "ORDER BY score DESC NULLS LAST, source, method, model, description",
+            [sae, number],
+        ),
+        "top_tokens": signs[1],
+        "bottom_tokens": signs[-1],
+        "neighbours": _ask(
+            con,
+            "SELECT rank, other_sae, other_feature, cosine FROM feature_neighbours "
+            "WHERE sae = $1 AND feature = $2 ORDER BY rank",
+            [sae, number],
+        ),
+    }
 
 
 def _spelling(con: duckdb.DuckDBPyConnection, contexts: Sequence[dict[str, Any]]) -> dict[int, bytes]:
