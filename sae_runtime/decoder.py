@@ -196,7 +196,8 @@ def _gain(norm: Any) -> torch.Tensor:
         return norm.weight.detach().double()
     weight = norm.weight.detach().double()
     with torch.inference_mode():
-        seen = copy.deepcopy(norm).float()(torch.ones(1, len(weight)))[0].double()
+        # So long a vector that the norm's epsilon is nothing beside it.
+        seen = copy.deepcopy(norm).float()(torch.full((1, len(weight)), 1000.0))[0].double()
     for gain in (weight, 1 + weight):
         if torch.allclose(seen, gain, rtol=1e-4, atol=1e-4):
             return gain
