@@ -39,6 +39,7 @@ _FEW = 1 << 20  # bytes of delphi's files
 _SOURCES = 256  # each has a key in every record
 _BATCH = 1 << 16  # rows that are Python objects at once
 _LATENT = re.compile(r"(?P<hookpoint>.+)_latent(?P<number>\d+)\.txt")
+_HOOKPOINT = re.compile(r"(?:^|\.)(?:layers|h)\.\d+(?:\.|$)")
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _LINES = (".jsonl", ".ndjson", ".json")
 _DELPHI = "delphi"
@@ -146,6 +147,8 @@ class _Checked:
 
     def _at(self, hookpoint: str) -> str:
         """The only SAE at a module's output, as delphi names modules; "" where there is none or several."""
+        if not _HOOKPOINT.search(hookpoint):
+            return ""
         endings = (f".{hookpoint}", f".{hookpoint}.output")
         found = [sae for sae, site in self._known.sites.items() if f".{site}".endswith(endings)]
         return found[0] if len(found) == 1 else ""
