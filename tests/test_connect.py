@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 import tiny
 
@@ -311,3 +312,14 @@ def test_an_sae_of_two_indexes_is_named(two: Path, tiny_index: Path) -> None:
         queries.connect(str(parts(two)[0]), str(tiny_index))
     with pytest.raises(InputError, match="no index here"):
         queries.connect(str(tiny_index), str(two))
+
+
+def test_files_are_such_that_the_duckdb_of_python_3_10_reads_them(tiny_index: Path) -> None:
+    """DuckDB 1.5 refuses BYTE_STREAM_SPLIT but for FLOAT and DOUBLE."""
+    split = set()
+    for file in (tiny_index / "data").rglob("*.parquet"):
+        group = pq.ParquetFile(file).metadata.row_group(0)
+        for column in map(group.column, range(group.num_columns)):
+            if "BYTE_STREAM_SPLIT" in column.encodings:
+                split.add(column.physical_type)
+    assert split == {"FLOAT", "DOUBLE"}
