@@ -54,10 +54,10 @@ def diff(
       --a "date < '2025-01-01'" --b "date >= '2025-01-01'"
 
     Documents of like lengths are compared with one another, so that longer documents do not pass for
-    different ones. effect is the log2 odds ratio of a document's firing (1: the odds are double in A), low and
-    high its 95 % interval; strongest first, by the bound nearest 0. p is exact, q is Benjamini and Hochberg's
-    over all tested features. density is the share of counted tokens where the feature is active, mean_max the
-    mean of its highest activations in the documents where it fires.
+    different ones. effect is the log2 odds ratio of a document's firing (1: the odds are double in A), low
+    and high its 95 % interval; strongest first, by the bound nearest 0. p is exact, q is Benjamini and
+    Hochberg's over all tested features. density is the share of counted tokens where the feature is active,
+    mean_max the mean of its highest activations in the documents where it fires.
     """
     from jobs.progress import Steps
     from queries import diff as differences

@@ -1,4 +1,4 @@
-"""The common odds ratio of 2x2 tables in strata, and what many tests find by chance. Many features at once."""
+"""The common odds ratio of 2x2 tables in strata, and what many tests find by chance; of many features."""
 
 from __future__ import annotations
 
