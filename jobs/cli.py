@@ -19,6 +19,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from jobs.diff import diff
 from jobs.output import (
     ago,
     console,
@@ -407,6 +408,9 @@ def gc(index: str, grace: float, unfinished: float, format_: str) -> None:
             f"{count(found.waiting, 'file')} ({human(found.waiting_bytes)}) stay until they are older, as "
             "queries, scans or compactions that run may need them (--grace, --unfinished)"
         )
+
+
+cli.add_command(diff)
 
 
 def _write_parquet(result: Any, output: str) -> None:
