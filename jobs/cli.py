@@ -20,6 +20,7 @@ import click
 from click.core import ParameterSource
 
 from jobs.annotate import annotate
+from jobs.diff import diff
 from jobs.output import (
     ago,
     console,
@@ -411,6 +412,7 @@ def gc(index: str, grace: float, unfinished: float, format_: str) -> None:
 
 
 cli.add_command(annotate)
+cli.add_command(diff)
 
 
 def _write_parquet(result: Any, output: str) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.contents import Contents
 from pipelines.schema import LOCAL_MAX, VOCABULARY
@@ -61,13 +63,20 @@ def agree(found: Sequence[Contents]) -> None:
 
 
 def same_keys(first: Contents, other: Contents) -> bool:
-    """Whether both show the same units under the same numbers, in the same order."""
-    return _units(first) == _units(other)
+    """Whether both show the same units under the same numbers, in the same order, and as much of each."""
+    return _units(first) == _units(other) and _counts(first).equals(_counts(other))
 
 
 def _units(found: Contents) -> list[tuple[int, str]]:
     shown = set(found.shown.tolist())
     return [(unit.ordinal, unit.unit) for unit in found.units if unit.ordinal in shown]
+
+
+def _counts(found: Contents) -> pa.Table:
+    """What is in each shown unit: what one model cannot take is quarantined in that index only."""
+    facts = found.facts.filter(pc.is_in(found.facts["ordinal"], pa.array(found.shown)))
+    columns = ["ordinal", "documents", "quarantined", "contexts", "tokens"]
+    return facts.select(columns).sort_by("ordinal").combine_chunks()
 
 
 def _files(found: Contents) -> list[tuple[str, str, str]]:
@@ -111,7 +120,7 @@ def _all_matched(con: duckdb.DuckDBPyConnection, first: Contents, other: Content
     ).fetchall()[0]
     for number, has, lacks in ((counts[0], first, other), (counts[1], other, first)):
         if number:
-            missing = f"{number:,} {what} of {has.store.uri} are not in {lacks.store.uri}"
+            missing = f"{lacks.store.uri} lacks {number:,} of the {what} of {has.store.uri}"
             raise _apart(first, other, f"{missing} (are both scans finished?)")
 
 

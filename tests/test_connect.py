@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny
 
@@ -19,6 +21,7 @@ from queries.connect import script
 from queries.files import IndexFiles, url
 from queries.lookup import rows, select
 from sae_runtime.errors import CorpuscopeError, InputError
+from sae_runtime.model import LanguageModel
 
 RES, MLP = "tiny-res", "tiny-mlp"
 
@@ -284,7 +287,7 @@ def test_each_index_keeps_as_many_contexts_as_its_spec_says(
     [
         ({"context": {"length": 64}}, "context.length is 96 there and 64 here"),
         ({"context": {"exclude": []}}, "context.exclude"),
-        ({"corpus": {"limit": 30}}, "documents|not the same in both"),
+        ({"corpus": {"limit": 30}}, "lacks .* of the documents|not the same in both"),
         ({"corpus": {"name": "other"}}, "not the same in both"),
     ],
     ids=["length", "exclude", "limit", "corpus"],
@@ -306,8 +309,44 @@ def test_indexes_that_do_not_go_together(
     assert str(tmp_path / "index") in str(refused.value)
 
 
+def test_a_document_that_one_model_could_not_take(
+    two: Path,
+    tmp_path: Path,
+    write_spec: Callable[..., Path],
+    scan_inline: Callable[..., Any],
+    suites: dict[str, list[dict[str, str]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The units are the same, what is in them is not."""
+    text = tiny.texts_by_file()[5][1]["text"]
+    ids = np.array(tiny.make_tokenizer(bos=True)(text)["input_ids"][1:9])
+    run = LanguageModel.run
+
+    def hurt(self: Any, tokens: Any, positions: Any = None) -> Any:
+        if ids.tobytes() in tokens.numpy().tobytes():
+            raise ValueError("no")
+        return run(self, tokens, positions)
+
+    monkeypatch.setattr(LanguageModel, "run", hurt)
+    outcome = scan_inline(write_spec(tmp_path, saes=suites["b"][:1]))
+    assert (outcome.quarantined, outcome.failed) == (1, ())
+    with pytest.raises(InputError, match="lacks 1 of the documents"):
+        queries.connect(str(parts(two)[0]), str(tmp_path / "index"))
+
+
 def test_an_sae_of_two_indexes_is_named(two: Path, tiny_index: Path) -> None:
     with pytest.raises(InputError, match=r"SAE tiny-res/.* is in .* too"):
         queries.connect(str(parts(two)[0]), str(tiny_index))
     with pytest.raises(InputError, match="no index here"):
         queries.connect(str(tiny_index), str(two))
+
+
+def test_files_are_such_that_the_duckdb_of_python_3_10_reads_them(tiny_index: Path) -> None:
+    """DuckDB 1.5 refuses BYTE_STREAM_SPLIT but for FLOAT and DOUBLE."""
+    split = set()
+    for file in (tiny_index / "data").rglob("*.parquet"):
+        group = pq.ParquetFile(file).metadata.row_group(0)
+        for column in map(group.column, range(group.num_columns)):
+            if "BYTE_STREAM_SPLIT" in column.encodings:
+                split.add(column.physical_type)
+    assert split == {"FLOAT", "DOUBLE"}
