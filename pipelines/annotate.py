@@ -272,7 +272,8 @@ class _Work:
         self.told("finding the SAEs")
         self._infos = _find(source, [self.records[sae] for sae in ids], self.options.suites)
         self.source = source
-        self.vocabulary = pq.read_metadata(self.store.open(VOCABULARY)).num_rows
+        with self.store.open(VOCABULARY) as stream:
+            self.vocabulary = pq.read_metadata(stream).num_rows
         if across:
             need = 2 * 4 * sum(self.records[sae]["width"] * self.records[sae]["d_in"] for sae in ids)
             free = shutil.disk_usage(self.folder).free

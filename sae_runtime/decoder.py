@@ -264,8 +264,8 @@ def highest(
     for first in range(0, len(rows), high):
         part = np.asarray(rows[first : first + high])
         at = None if own is None else own + first
-        for each, done in zip(signs, found, strict=True):
-            done.append(_highest(part, columns, k, device, wide, each, at))
+        for done, each in zip(found, _highest(part, columns, k, device, wide, signs, at), strict=True):
+            done.append(each)
     return [
         Highest(np.concatenate([h.columns for h in done]), np.concatenate([h.values for h in done]))
         for done in found
@@ -273,32 +273,46 @@ def highest(
 
 
 def _highest(
-    rows: np.ndarray, columns: Columns, k: int, device: str, wide: int, sign: int, own: int | None
-) -> Highest:
+    rows: np.ndarray, columns: Columns, k: int, device: str, wide: int, signs: Sequence[int], own: int | None
+) -> list[Highest]:
+    """The same for one block of rows: each block of products is made once for all signs."""
     many = min(k + SLACK, len(columns))
-    exact = rows.astype(np.float64) * sign
-    a = torch.from_numpy(np.array(rows)).to(device) * sign
-    best = torch.full((len(rows), many), -torch.inf, device=device)
-    at = torch.full((len(rows), many), -1, dtype=torch.int64, device=device)
+    a = torch.from_numpy(np.array(rows)).to(device)
+    best = [torch.full((len(rows), many), -torch.inf, device=device) for _ in signs]
+    at = [torch.full((len(rows), many), -1, dtype=torch.int64, device=device) for _ in signs]
     longest = 0.0
     for start, b in _products(columns, wide, device):
         longest = max(longest, float(b.square().sum(dim=1).max()) ** 0.5)
         products = a @ b.T
-        _leave_out_own(products, start, own)
-        values, numbers = products.topk(min(many, len(b)), dim=1)
-        del products
-        best, order = torch.cat([best, values], dim=1).topk(many, dim=1)
-        at = torch.cat([at, numbers + start], dim=1).gather(1, order)
+        for i, sign in enumerate(signs):
+            signed = products if sign > 0 else -products
+            _leave_out_own(signed, start, own)
+            values, numbers = signed.topk(min(many, len(b)), dim=1)
+            best[i], order = torch.cat([best[i], values], dim=1).topk(many, dim=1)
+            at[i] = torch.cat([at[i], numbers + start], dim=1).gather(1, order)
+    close = 2 * TOLERANCE * longest * a.norm(dim=1)
+    return [
+        _settled(a * sign, columns, k, device, wide, own, values, numbers, close)
+        for sign, values, numbers in zip(signs, best, at, strict=True)
+    ]
+
+
+def _settled(
+    a: torch.Tensor, columns: Columns, k: int, device: str, wide: int, own: int | None,
+    best: torch.Tensor, at: torch.Tensor, close: torch.Tensor,
+) -> Highest:  # fmt: skip
+    """The k best of the candidates of rows `a`, whose float32 products are `best`, in columns `at`."""
+    many = best.shape[1]
     at[best == -torch.inf] = -1
+    exact = a.cpu().numpy().astype(np.float64)
     found = _ranked(exact, columns, at.cpu().numpy(), k)
     if many == len(columns):
         return found
-    # What the last candidate cannot be told from the k-th by, others may be left out by.
-    close = 2 * TOLERANCE * longest * a.norm(dim=1)
-    crowded = ((best[:, -1] >= best[:, min(k, many) - 1] - close) & (best[:, -1] > -torch.inf)).cpu().numpy()
+    # Where the last candidate cannot be told from the k-th, others may have been left out.
+    crowded = (best[:, -1] >= best[:, min(k, many) - 1] - close) & (best[:, -1] > -torch.inf)
     if crowded.any():
-        least = (best[:, k - 1] - close).cpu()
-        which = np.flatnonzero(crowded)
+        which = np.flatnonzero(crowded.cpu().numpy())
+        least = best[:, k - 1] - close
         again = _exhaustive(a, exact, columns, k, device, wide, which, least, own)
         found.columns[which], found.values[which] = again.columns, again.values
     return found
@@ -326,7 +340,7 @@ def _exhaustive(
     """The same for a few rows, whatever number of columns are as good as equal for them."""
     held = [np.empty(0, np.int64) for _ in which]
     some = a[torch.from_numpy(which).to(device)]
-    bound = least[torch.from_numpy(which)].to(device)[:, None]
+    bound = least[torch.from_numpy(which).to(device)][:, None]
     for start, b in _products(columns, wide, device):
         near = ((some @ b.T) >= bound).cpu().numpy()
         for i, row in enumerate(which):
