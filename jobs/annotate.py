@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import click
+from click.core import ParameterSource
 
 from jobs.output import count, format_option, message, opened, print_rows
 from sae_runtime.errors import InputError
@@ -51,8 +52,9 @@ def annotate(
 ) -> None:  # fmt: skip
     """Add output tokens, nearest features, decoder norms and explanations to INDEX.
 
-    What is there already is left as it is; other options make it anew, and explanations replace those of the
-    same SAE from the same source. Needs the files of the model and of the SAEs, except for explanations.
+    What is there already is left as it is, unless --tokens, --neighbours or --compare ask for it otherwise;
+    explanations replace those of the same SAE from the same source. Needs the files of the model and of the
+    SAEs, except for explanations.
     """
     from jobs.progress import Steps
     from pipelines.annotate import Options, Outcome, import_explanations
@@ -82,6 +84,7 @@ def annotate(
             model=model,
             suites=suites,
             device=_device(device),
+            anew=_given(),
         )
         try:
             add_facts(store, options, steps, outcome)
@@ -100,6 +103,20 @@ def annotate(
     else:
         added = sum(sum(kinds.values()) for kinds in outcome.rows.values())
         message(f"{count(added, 'row')} added -> {index}")
+
+
+def _given() -> tuple[str, ...]:
+    """Kinds of facts whose options a person gave: a default replaces nothing."""
+    source = click.get_current_context().get_parameter_source
+    kinds = {
+        "feature_tokens": ("tokens",),
+        "feature_neighbours": ("neighbours", "compare"),
+    }
+    return tuple(
+        kind
+        for kind, names in kinds.items()
+        if any(source(name) is not ParameterSource.DEFAULT for name in names)
+    )
 
 
 def _device(wanted: str) -> str:

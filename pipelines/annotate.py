@@ -65,6 +65,7 @@ class Options:
     model: str | None = None  # where the model is, if it moved
     suites: tuple[str, ...] = ()  # where the SAEs' suites are, if they moved
     device: str = "cpu"
+    anew: tuple[str, ...] = (TOKENS, NEIGHBOURS, DECODERS)  # kinds that are replaced if made otherwise
 
 
 @dataclass
@@ -76,7 +77,8 @@ class Outcome:
 
 
 def annotate(store: Store, options: Options, told: Told, outcome: Outcome) -> None:
-    """Add decoder-side facts to an index. SAEs that have them with these options are left as they are.
+    """Add decoder-side facts to an index. What is there already stays, unless `options.anew` has its kind and
+    it was made with others.
 
     `told` is told what is about to be done, `outcome` what was.
     Raises InputError where weights are not where they were and `options` does not say where they are, or are
@@ -89,7 +91,12 @@ def annotate(store: Store, options: Options, told: Told, outcome: Outcome) -> No
     held = annotation_records.newest(store).done
     records = {sae["id"]: sae for sae in identity["saes"]}
     todo = {
-        sae: [kind for kind in wanted if _done(held, kind, sae) != wanted[kind]]
+        sae: [
+            kind
+            for kind in wanted
+            for have in [_done(held, kind, sae)]
+            if have is None or (kind in options.anew and have != wanted[kind])
+        ]
         for sae in sorted(options.saes or records)
     }
     todo = {sae: kinds for sae, kinds in todo.items() if kinds}

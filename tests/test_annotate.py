@@ -398,15 +398,14 @@ def test_other_options_make_an_sae_anew_and_gc_takes_what_they_replaced(fresh: P
         writer.write("feature_decoders", (sae, ""), table)
         writer.done("feature_decoders", sae, records.Done("by hand"))
     writer.publish()
-    assert (
-        run("annotate", str(fresh), "--sae", MLP, "--sae", RES, "--only", "tokens", "--tokens", "2").exit_code
-        == 0
-    )
+    annotate(store, Options(saes=(MLP, RES), tokens=2, neighbours=None), lambda words: None, Outcome())
     assert asked(fresh, both) == [(ATT, 740), (MLP, 148), (RES, 144)]
     norms = "SELECT sae, count(*) FROM feature_decoders GROUP BY sae ORDER BY sae"
     held = [(ATT, 37), (MLP, 37), (WIDE, 3), (RES, 37)]
     assert asked(fresh, norms) == sorted(held)
     assert audit(store).faults == []
+    # A default replaces nothing.
+    assert "annotated so already" in run("annotate", str(fresh), "--sae", MLP, "--only", "tokens").stderr
     named = records.newest(store).paths
     replaced = {
         f"data/feature_tokens/{file.name}" for file in (fresh / "data/feature_tokens").iterdir()
