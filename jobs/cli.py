@@ -32,6 +32,7 @@ from jobs.output import (
     print_rows,
     show,
 )
+from jobs.recipes import recipe, recipes
 from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interrupted, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
@@ -398,6 +399,10 @@ def gc(index: str, grace: float, unfinished: float, format_: str) -> None:
             f"{count(found.waiting, 'file')} ({human(found.waiting_bytes)}) stay until they are older, as "
             "queries, scans or compactions that run may need them (--grace, --unfinished)"
         )
+
+
+cli.add_command(recipes)
+cli.add_command(recipe)
 
 
 def _write_parquet(result: Any, output: str) -> None:
