@@ -234,7 +234,7 @@ def _column(con: duckdb.DuckDBPyConnection, where: str, given: str) -> str:
 
 
 def _document(con: duckdb.DuckDBPyConnection, where: str, given: str) -> int:
-    """The key of the document of an id or a key. An id that several have, or that is another's key, is none."""
+    """The key of the document that has this id or key. InputError if several have."""
     found = [
         row["document"] for row in _ask(con, "SELECT document FROM documents WHERE id = ? LIMIT 2", given)
     ]
@@ -256,9 +256,8 @@ def _check(con: duckdb.DuckDBPyConnection, recipe: Recipe, values: dict[str, Any
         for name in need.of:
             lacking = _lacking(con, need.table, values[name])
             if lacking:
-                raise InputError(
-                    f"recipe {recipe.name}: {_why(need.table, lacking)}{_remedy(con, recipe, need, values[name])}"
-                )
+                remedy = "" if values[name] else _remedy(con, need.table, name)
+                raise InputError(f"recipe {recipe.name}: {_why(need.table, lacking)}{remedy}")
 
 
 def _lacking(con: duckdb.DuckDBPyConnection, table: str, sae: str | None) -> dict[str, str]:
@@ -284,12 +283,12 @@ def _why(table: str, lacking: dict[str, str]) -> str:
     return f"needs every row of {table} ({_KEPT[table][0]}), not so for {some}"
 
 
-def _remedy(con: duckdb.DuckDBPyConnection, recipe: Recipe, need: Need, asked: str | None) -> str:
-    if asked is not None:
-        return ""
-    able = [row["sae"] for row in _ask(con, "SELECT sae FROM _declared_saes ORDER BY sae")]
-    able = [sae for sae in able if sae not in _lacking(con, need.table, None)]
-    return f"; give --param {need.of[-1]}={able[0]} or another that has them" if able else ""
+def _remedy(con: duckdb.DuckDBPyConnection, table: str, param: str) -> str:
+    """What to do where all SAEs were asked for."""
+    lacking = _lacking(con, table, None)
+    known = [row["sae"] for row in _ask(con, "SELECT sae FROM _declared_saes ORDER BY sae")]
+    able = [sae for sae in known if sae not in lacking]
+    return f"; give --param {param}={able[0]} or another that has them" if able else ""
 
 
 def _literal(value: Any) -> str:

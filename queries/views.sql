@@ -172,6 +172,14 @@ FROM merged AS m
 LEFT JOIN counted AS c ON c.sae = m.sae
 LEFT JOIN histograms AS h ON h.sae = m.sae AND h.feature = m.feature;
 
+-- Counts of the features that fired, alone: `features` has to make the histograms for them too.
+CREATE VIEW _feature_counts AS
+SELECT
+    sae, feature,
+    sum(n_tokens)::BIGINT AS n_tokens, sum(n_contexts)::BIGINT AS n_contexts, sum(n_documents)::BIGINT AS n_documents
+FROM $features
+GROUP BY sae, feature;
+
 -- One candidate a document in the partials already; of equal endings the highest stays, then the k highest.
 CREATE VIEW _top_contexts AS
 WITH offers AS (

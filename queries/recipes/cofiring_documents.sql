@@ -11,12 +11,12 @@
 -- param min_both COUNT = 5: documents on which both must fire
 -- param sort jaccard|lift|n_both = jaccard: highest first
 -- param limit LIMIT = 20: rows
-WITH both AS (
+WITH shared AS (
     SELECT sae, feature, count(*) AS n_both
     FROM document_features
+    -- As a list, or DuckDB may take one feature's rows for more than the other SAE's and build its table of those.
     WHERE ($other IS NULL OR sae = $other)
-        AND document IN (SELECT document FROM document_features WHERE sae = $sae AND feature = $feature)
-        AND NOT (sae = $sae AND feature = $feature)
+        AND document IN (SELECT unnest(list(document)) FROM document_features WHERE sae = $sae AND feature = $feature)
     GROUP BY sae, feature
     HAVING count(*) >= $min_both
 ), sizes AS (
@@ -31,9 +31,10 @@ SELECT
     b.n_both / (f.n_documents + o.n_documents - b.n_both) AS jaccard,
     b.n_both::DOUBLE * s.counted / f.n_documents / o.n_documents AS lift,
     log2(b.n_both::DOUBLE * s.counted / f.n_documents / o.n_documents) AS pmi
-FROM both AS b
-JOIN features AS f ON f.sae = $sae AND f.feature = $feature
-JOIN features AS o ON o.sae = b.sae AND o.feature = b.feature
+FROM shared AS b
+JOIN _feature_counts AS f ON f.sae = $sae AND f.feature = $feature
+JOIN _feature_counts AS o ON o.sae = b.sae AND o.feature = b.feature
 JOIN sizes AS s ON s.sae = b.sae
+WHERE NOT (b.sae = $sae AND b.feature = $feature)
 ORDER BY CASE $sort WHEN 'lift' THEN lift WHEN 'n_both' THEN b.n_both ELSE jaccard END DESC, b.sae, b.feature
 LIMIT $limit

@@ -12,12 +12,12 @@
 -- param min_both COUNT = 5: tokens on which both must fire
 -- param sort jaccard|lift|n_both = jaccard: highest first
 -- param limit LIMIT = 20: rows
-WITH both AS (
+WITH shared AS (
     SELECT sae, feature, count(*) AS n_both
     FROM _active_tokens -- as `activations`, with context and position in one number
+    -- As a list, or DuckDB may take one feature's rows for more than the other SAE's and build its table of those.
     WHERE ($other IS NULL OR sae = $other)
-        AND token IN (SELECT token FROM _active_tokens WHERE sae = $sae AND feature = $feature)
-        AND NOT (sae = $sae AND feature = $feature)
+        AND token IN (SELECT unnest(list(token)) FROM _active_tokens WHERE sae = $sae AND feature = $feature)
     GROUP BY sae, feature
     HAVING count(*) >= $min_both
 ), sizes AS (
@@ -35,9 +35,10 @@ SELECT
     b.n_both / (f.n_tokens + o.n_tokens - b.n_both) AS jaccard,
     b.n_both::DOUBLE * s.counted / f.n_tokens / o.n_tokens AS lift,
     log2(b.n_both::DOUBLE * s.counted / f.n_tokens / o.n_tokens) AS pmi
-FROM both AS b
-JOIN features AS f ON f.sae = $sae AND f.feature = $feature
-JOIN features AS o ON o.sae = b.sae AND o.feature = b.feature
+FROM shared AS b
+JOIN _feature_counts AS f ON f.sae = $sae AND f.feature = $feature
+JOIN _feature_counts AS o ON o.sae = b.sae AND o.feature = b.feature
 JOIN sizes AS s ON s.sae = b.sae
+WHERE NOT (b.sae = $sae AND b.feature = $feature)
 ORDER BY CASE $sort WHEN 'lift' THEN lift WHEN 'n_both' THEN b.n_both ELSE jaccard END DESC, b.sae, b.feature
 LIMIT $limit

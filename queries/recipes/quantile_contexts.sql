@@ -39,5 +39,5 @@ SELECT
     snippet(d.context, d.position, $width) AS text
 FROM drawn AS d
 JOIN ranges AS r ON r.stratum = d.stratum
-JOIN features AS f ON f.sae = d.sae AND f.feature = d.feature
+JOIN features AS f ON f.sae = $sae AND f.feature = $feature
 ORDER BY d.stratum DESC, d.draw, d.context

@@ -14,5 +14,5 @@ SELECT
 FROM saes AS s
 JOIN features AS f ON f.sae = s.sae
 WHERE $sae IS NULL OR s.sae = $sae
-GROUP BY ALL
+GROUP BY s.sae, s.layer, s.site, s.width, s.nominal_l0, s.measured_l0, s.fvu, s.n_tokens
 ORDER BY s.layer, s.site, s.width, s.sae

@@ -14,24 +14,24 @@ WITH read AS (
 ), occurring AS (
     SELECT token, count(*) AS n FROM read WHERE counted GROUP BY token
 ), able AS (
+    -- A feature that fires more often than any token occurs cannot be one token's.
     SELECT feature, n_tokens FROM features
     WHERE sae = $sae AND n_tokens >= $min_tokens AND $share * n_tokens <= (SELECT max(n) FROM occurring)
 ), pairs AS (
-    -- A token that occurs too seldom for a feature cannot be the one, so most pairs are never grouped.
-    SELECT a.feature, r.token, any_value(able.n_tokens) AS n_tokens, any_value(o.n) AS occurrences, count(*) AS n
+    SELECT a.feature, r.token, count(*) AS n
     FROM activations AS a
-    JOIN able ON able.feature = a.feature
     JOIN read AS r ON r.context = a.context AND r.position = a.position
-    JOIN occurring AS o ON o.token = r.token
-    WHERE a.sae = $sae AND o.n >= $share * able.n_tokens
+    WHERE a.sae = $sae AND a.feature IN (SELECT feature FROM able)
     GROUP BY a.feature, r.token
-    HAVING count(*) >= $share * any_value(able.n_tokens)
-    QUALIFY row_number() OVER (PARTITION BY a.feature ORDER BY count(*) DESC, r.token) = 1
+    QUALIFY row_number() OVER (PARTITION BY a.feature ORDER BY n DESC, r.token) = 1
 )
 SELECT
-    $sae AS sae, p.feature, p.token, v.text, p.n / p.n_tokens AS share, p.n / p.occurrences AS token_share,
-    p.n_tokens, p.occurrences
+    $sae AS sae, p.feature, p.token, v.text, p.n / able.n_tokens AS share, p.n / o.n AS token_share,
+    able.n_tokens, o.n AS occurrences
 FROM pairs AS p
+JOIN able ON able.feature = p.feature
+JOIN occurring AS o ON o.token = p.token
 JOIN vocabulary AS v ON v.token = p.token
-ORDER BY share DESC, p.n_tokens DESC, p.feature
+WHERE p.n >= $share * able.n_tokens
+ORDER BY share DESC, able.n_tokens DESC, p.feature
 LIMIT $limit

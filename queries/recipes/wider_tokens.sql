@@ -11,12 +11,12 @@
 -- param min_both COUNT = 5: tokens on which both must fire
 -- param sort jaccard|covered|within = jaccard: highest first
 -- param limit LIMIT = 20: rows
-WITH both AS (
+WITH shared AS (
     SELECT sae, feature, count(*) AS n_both
     FROM _active_tokens -- as `activations`, with context and position in one number
+    -- As a list, or DuckDB may take one feature's rows for more than the other SAE's and build its table of those.
     WHERE sae = $other
-        AND token IN (SELECT token FROM _active_tokens WHERE sae = $sae AND feature = $feature)
-        AND NOT (sae = $sae AND feature = $feature)
+        AND token IN (SELECT unnest(list(token)) FROM _active_tokens WHERE sae = $sae AND feature = $feature)
     GROUP BY sae, feature
     HAVING count(*) >= $min_both
 )
@@ -25,8 +25,8 @@ SELECT
     f.n_tokens, o.n_tokens AS other_n_tokens,
     b.n_both / f.n_tokens AS covered, b.n_both / o.n_tokens AS within,
     b.n_both / (f.n_tokens + o.n_tokens - b.n_both) AS jaccard
-FROM both AS b
-JOIN features AS f ON f.sae = $sae AND f.feature = $feature
-JOIN features AS o ON o.sae = b.sae AND o.feature = b.feature
+FROM shared AS b
+JOIN _feature_counts AS f ON f.sae = $sae AND f.feature = $feature
+JOIN _feature_counts AS o ON o.sae = b.sae AND o.feature = b.feature
 ORDER BY CASE $sort WHEN 'covered' THEN covered WHEN 'within' THEN within ELSE jaccard END DESC, b.feature
 LIMIT $limit
