@@ -148,17 +148,13 @@ def _values(con: duckdb.DuckDBPyConnection, recipe: Recipe, params: dict[str, st
         assert given is not None
         if given == param.default and given.startswith("$"):
             values[param.name] = values[given[1:]]
-        elif given == "all" and (param.type in ("LIMIT", "SAE") or param.default == "all"):
-            values[param.name] = _all(recipe, param)
+        elif given == "all" and (param.type in ("LIMIT", "SAE") or param.default == "all"):  # NULL says it
+            if param.default is None:
+                raise InputError(f"recipe {recipe.name}: {param.name}=all: one SAE is wanted")
+            values[param.name] = None
         else:
             values[param.name] = _value(con, recipe, param, given, values)
     return values
-
-
-def _all(recipe: Recipe, param: Param) -> None:
-    """NULL stands for all. InputError where one SAE is wanted."""
-    if param.type == "SAE" and param.default is None:
-        raise InputError(f"recipe {recipe.name}: {param.name}=all: one SAE is wanted")
 
 
 def _value(

@@ -24,9 +24,9 @@ from click.testing import CliRunner
 
 import queries
 from jobs.cli import cli
-from queries.lookup import rows
 from pipelines.compaction import compact
 from pipelines.storage import Store
+from queries.lookup import rows
 from queries.recipe import FOLDER, _document, recipes, run, statement
 from sae_runtime import suites
 from sae_runtime.errors import InputError

@@ -1,8 +1,9 @@
 -- Co-firing by document: one feature against all
 --
--- Of every feature that fires in documents of this one: in how many (`n_both`), the share of either's documents
--- that is, Jaccard index, lift P(both) / (P(one) P(other)) and PMI, its log2, in bits. P is over the documents
--- with counted tokens. It needs a row a document only, and is some ten times faster than `cofiring_tokens`.
+-- Of every feature that fires in documents of this one: in how many (`n_both`), the share of either's
+-- documents that is, Jaccard index, lift P(both) / (P(one) P(other)) and PMI, its log2, in bits. P is over
+-- the documents with counted tokens. It needs a row a document only, and is some ten times faster than
+-- `cofiring_tokens`.
 --
 -- needs: document_features of sae, other; features; documents
 -- param sae SAE: the SAE
@@ -14,9 +15,11 @@
 WITH shared AS (
     SELECT sae, feature, count(*) AS n_both
     FROM document_features
-    -- As a list, or DuckDB may take one feature's rows for more than the other SAE's and build its table of those.
+    -- As a list, or DuckDB may take one feature's rows for more than the other SAE's and hash those.
     WHERE ($other IS NULL OR sae = $other)
-        AND document IN (SELECT unnest(list(document)) FROM document_features WHERE sae = $sae AND feature = $feature)
+        AND document IN (
+            SELECT unnest(list(document)) FROM document_features WHERE sae = $sae AND feature = $feature
+        )
     GROUP BY sae, feature
     HAVING count(*) >= $min_both
 ), sizes AS (

@@ -1,9 +1,9 @@
 -- Co-firing by token: one feature against all
 --
--- Of every feature that fires on tokens of this one: on how many (`n_both`), the share of either's tokens that
--- is, Jaccard index, lift P(both) / (P(one) P(other)) and PMI, its log2, in bits. P is over the tokens counted
--- at both sites. Where `norm_above` makes these differ, P is over the tokens of `documents.n_tokens`, of which
--- one that is left out at a site counts as one on which nothing fires there.
+-- Of every feature that fires on tokens of this one: on how many (`n_both`), the share of either's tokens
+-- that is, Jaccard index, lift P(both) / (P(one) P(other)) and PMI, its log2, in bits. P is over the tokens
+-- counted at both sites. Where `norm_above` makes these differ, P is over the tokens of
+-- `documents.n_tokens`, of which one that is left out at a site counts as one on which nothing fires there.
 --
 -- needs: activations of sae, other; features; saes
 -- param sae SAE: the SAE
@@ -15,9 +15,11 @@
 WITH shared AS (
     SELECT sae, feature, count(*) AS n_both
     FROM _active_tokens -- as `activations`, with context and position in one number
-    -- As a list, or DuckDB may take one feature's rows for more than the other SAE's and build its table of those.
+    -- As a list, or DuckDB may take one feature's rows for more than the other SAE's and hash those.
     WHERE ($other IS NULL OR sae = $other)
-        AND token IN (SELECT unnest(list(token)) FROM _active_tokens WHERE sae = $sae AND feature = $feature)
+        AND token IN (
+            SELECT unnest(list(token)) FROM _active_tokens WHERE sae = $sae AND feature = $feature
+        )
     GROUP BY sae, feature
     HAVING count(*) >= $min_both
 ), sizes AS (

@@ -1,11 +1,11 @@
 -- Drift of an SAE's features between two dates, or ranges of any metadata column
 --
 -- Set a is the documents whose $column is from $a_from to below $a_to, b the same; they must not overlap.
--- Dates are written 2024-05-01, text compares by its characters. Most changed first.
--- `rate` is the share of a set's documents (with counted tokens) in which the feature fires, `density` its
--- active tokens per counted token of them; `log2_rate` and `log2_density` compare a with b, half an event added
--- to each and one to its size, so that none is infinite. Densities are NULL where `norm_above` leaves out tokens
--- of the SAE, as it is not known of which documents. `corpuscope diff` tests differences of rates.
+-- Dates are written 2024-05-01, text compares by its characters. Most changed first. `rate` is the share of
+-- a set's documents (with counted tokens) in which the feature fires, `density` its active tokens per
+-- counted token of them; `log2_rate` and `log2_density` compare a with b, half an event added to each and
+-- one to its size, so that none is infinite. Densities are NULL where `norm_above` leaves out tokens of the
+-- SAE, as it is not known of which documents. `corpuscope diff` tests differences of rates.
 --
 -- needs: document_features of sae; documents; saes
 -- param sae SAE: the SAE
@@ -26,13 +26,14 @@ WITH ranges AS (
 ), sets AS (
     SELECT document, n_tokens, a
     FROM ranges
-    WHERE a AND CASE WHEN b THEN error('the two ranges of ' || $column || ' share documents') ELSE true END OR b
+    WHERE CASE WHEN a AND b THEN error('the two ranges of ' || $column || ' share documents') ELSE a OR b END
 ), sizes AS (
     SELECT
         count(*) FILTER (a) AS a_n, count(*) FILTER (NOT a) AS b_n,
         sum(n_tokens) FILTER (a) AS a_counted, sum(n_tokens) FILTER (NOT a) AS b_counted
     FROM sets
-    HAVING CASE WHEN a_n = 0 OR b_n = 0 THEN error('the two ranges of ' || $column || ' do not both have documents') ELSE true END
+    HAVING CASE WHEN a_n > 0 AND b_n > 0 THEN true
+        ELSE error('the two ranges of ' || $column || ' do not both have documents') END
 ), exact AS (
     SELECT (SELECT n_tokens FROM saes WHERE sae = $sae) = (SELECT sum(n_tokens) FROM documents) AS whole
 ), fired AS (

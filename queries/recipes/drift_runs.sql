@@ -2,9 +2,10 @@
 --
 -- Set a is the documents that run $a scanned, b those of run $b; `runs` lists them. Most changed first.
 -- `rate` is the share of a set's documents (with counted tokens) in which the feature fires, `density` its
--- active tokens per counted token of them; `log2_rate` and `log2_density` compare a with b, half an event added
--- to each and one to its size, so that none is infinite. Densities are NULL where `norm_above` leaves out tokens
--- of the SAE, as it is not known of which documents. `corpuscope diff` tests differences of rates.
+-- active tokens per counted token of them; `log2_rate` and `log2_density` compare a with b, half an event
+-- added to each and one to its size, so that none is infinite. Densities are NULL where `norm_above` leaves
+-- out tokens of the SAE, as it is not known of which documents. `corpuscope diff` tests differences of
+-- rates.
 --
 -- needs: document_features of sae; documents; saes
 -- param sae SAE: the SAE
@@ -21,7 +22,8 @@ WITH sets AS (
         count(*) FILTER (a) AS a_n, count(*) FILTER (NOT a) AS b_n,
         sum(n_tokens) FILTER (a) AS a_counted, sum(n_tokens) FILTER (NOT a) AS b_counted
     FROM sets
-    HAVING CASE WHEN a_n = 0 OR b_n = 0 THEN error('runs ' || $a || ' and ' || $b || ' do not both have documents') ELSE true END
+    HAVING CASE WHEN a_n > 0 AND b_n > 0 THEN true
+        ELSE error('runs ' || $a || ' and ' || $b || ' do not both have documents') END
 ), exact AS (
     SELECT (SELECT n_tokens FROM saes WHERE sae = $sae) = (SELECT sum(n_tokens) FROM documents) AS whole
 ), fired AS (

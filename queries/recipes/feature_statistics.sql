@@ -1,7 +1,7 @@
 -- Statistics of one feature
 --
--- How often and how strongly it fires: `density` is its active tokens per counted token of the SAE, the
--- rest is over its active tokens; quantiles come from the histogram, within 4.5 %.
+-- How often and how strongly it fires: `density` is its active tokens per counted token of the SAE, the rest
+-- is over its active tokens; quantiles come from the histogram, within 4.5 %.
 --
 -- needs: features
 -- param sae SAE: the SAE

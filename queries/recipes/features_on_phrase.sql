@@ -1,9 +1,10 @@
 -- Features that fired on a phrase
 --
--- Every occurrence of the phrase's UTF-8 bytes inside a context, however the tokenizer cut it; its tokens are
--- those that hold one of its bytes. `occurrences` is on how many of them a feature fires, `share` of all,
--- `n_tokens` on how many of their tokens, `max` the furthest from 0 there, `density` its density everywhere.
--- What a context only repeats of the one before is not looked at, nor a phrase that two contexts share.
+-- Every occurrence of the phrase's UTF-8 bytes inside a context, however the tokenizer cut it; its tokens
+-- are those that hold one of its bytes. `occurrences` is on how many of them a feature fires, `share` of
+-- all, `n_tokens` on how many of their tokens, `max` the furthest from 0 there, `density` its density
+-- everywhere. What a context only repeats of the one before is not looked at, nor a phrase that two contexts
+-- share.
 --
 -- needs: activations of sae; contexts; features
 -- param phrase TEXT: the phrase, as it stands in the text: with its blanks, upper and lower case
@@ -32,8 +33,11 @@ WITH RECURSIVE wanted AS (
     JOIN wanted AS w ON p.matched + p.len = w.n
 ), trails AS (
     SELECT
-        r.context, r.position, b.skip, r.position AS last, b.matched, r.tokens[r.position + 2 : r.position + w.n] AS rest
-    FROM (SELECT context, tokens, unnest(tokens) AS token, unnest(range(len(tokens))) AS position FROM contexts) AS r
+        r.context, r.position, b.skip, r.position AS last, b.matched,
+        r.tokens[r.position + 2 : r.position + w.n] AS rest
+    FROM (
+        SELECT context, tokens, unnest(tokens) AS token, unnest(range(len(tokens))) AS position FROM contexts
+    ) AS r
     JOIN begins AS b ON b.token = r.token, wanted AS w
     UNION ALL
     SELECT t.context, t.position, t.skip, t.last + 1, c.then, t.rest[2:]

@@ -1,7 +1,7 @@
 -- Documents that do not activate a feature
 --
--- A uniform sample of the documents with counted tokens, none of which activates it, by a hash of their place
--- in the corpus. It needs a row a document only, so it answers where `inactive_contexts` cannot.
+-- A uniform sample of the documents with counted tokens, none of which activates it, by a hash of their
+-- place in the corpus. It needs a row a document only, so it answers where `inactive_contexts` cannot.
 --
 -- needs: document_features of sae; documents
 -- param sae SAE: the SAE

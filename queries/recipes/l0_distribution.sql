@@ -1,7 +1,7 @@
 -- How many features of an SAE fire on a token
 --
--- Mean and quantiles of L0 over the counted tokens of the SAE: p10 is the least number that a tenth of them does
--- not exceed. `none` is the tokens on which nothing fires.
+-- Mean and quantiles of L0 over the counted tokens of the SAE: p10 is the least number that a tenth of them
+-- does not exceed. `none` is the tokens on which nothing fires.
 --
 -- needs: activations of sae; saes
 -- param sae SAE = all: one SAE
@@ -17,7 +17,9 @@ WITH tokens AS (
     FROM saes AS s
     WHERE $sae IS NULL OR s.sae = $sae
 ), ranked AS (
-    SELECT sae, l0, n, sum(n) OVER (PARTITION BY sae ORDER BY l0) AS upto, sum(n) OVER (PARTITION BY sae) AS n_all
+    SELECT
+        sae, l0, n, sum(n) OVER (PARTITION BY sae ORDER BY l0) AS upto,
+        sum(n) OVER (PARTITION BY sae) AS n_all
     FROM counts
 )
 SELECT

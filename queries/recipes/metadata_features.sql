@@ -1,11 +1,11 @@
 -- Features of a metadata value: documents with it against the rest
 --
 -- Set a is the documents whose $column is $value (as text: 3, 0.25, true, 2024-05-01), b all others, those
--- without a value too. `lift` is a's rate by that of all documents; most above the rest first.
--- `rate` is the share of a set's documents (with counted tokens) in which the feature fires, `density` its
--- active tokens per counted token of them; `log2_rate` and `log2_density` compare a with b, half an event added
--- to each and one to its size, so that none is infinite. Densities are NULL where `norm_above` leaves out tokens
--- of the SAE, as it is not known of which documents. `corpuscope diff` tests differences of rates.
+-- without a value too. `lift` is a's rate by that of all documents; most above the rest first. `rate` is the
+-- share of a set's documents (with counted tokens) in which the feature fires, `density` its active tokens
+-- per counted token of them; `log2_rate` and `log2_density` compare a with b, half an event added to each
+-- and one to its size, so that none is infinite. Densities are NULL where `norm_above` leaves out tokens of
+-- the SAE, as it is not known of which documents. `corpuscope diff` tests differences of rates.
 --
 -- needs: document_features of sae; documents; saes
 -- param sae SAE: the SAE
@@ -22,7 +22,8 @@ WITH sets AS (
         count(*) FILTER (a) AS a_n, count(*) FILTER (NOT a) AS b_n,
         sum(n_tokens) FILTER (a) AS a_counted, sum(n_tokens) FILTER (NOT a) AS b_counted
     FROM sets
-    HAVING CASE WHEN a_n = 0 OR b_n = 0 THEN error('no document, or every one, has ' || $column || ' = ' || $value) ELSE true END
+    HAVING CASE WHEN a_n > 0 AND b_n > 0 THEN true
+        ELSE error('no document, or every one, has ' || $column || ' = ' || $value) END
 ), exact AS (
     SELECT (SELECT n_tokens FROM saes WHERE sae = $sae) = (SELECT sum(n_tokens) FROM documents) AS whole
 ), fired AS (

@@ -11,7 +11,9 @@
 -- param width COUNT = 20: tokens of text on either side of the maximum
 -- param limit LIMIT = 3: contexts of a stratum, drawn by hash from those that are kept
 WITH samples AS (
-    SELECT s.*, d.id, d.corpus, d.source, d.row, md5(concat_ws('/', d.corpus, d.source, d.row, c.start)) AS draw
+    SELECT
+        s.*, d.id, d.corpus, d.source, d.row,
+        md5(concat_ws('/', d.corpus, d.source, d.row, c.start)) AS draw
     FROM sampled_contexts AS s
     JOIN contexts AS c ON c.context = s.context
     JOIN documents AS d ON d.document = c.document
@@ -26,7 +28,7 @@ WITH samples AS (
     FROM strata
 ), drawn AS (
     SELECT * FROM samples
-    QUALIFY row_number() OVER (PARTITION BY stratum ORDER BY draw, context) <= coalesce($limit, stratum_contexts)
+    QUALIFY $limit IS NULL OR row_number() OVER (PARTITION BY stratum ORDER BY draw, context) <= $limit
 )
 -- Octaves are 8 bins of the histogram, whose first bin is what is below 2^-10.
 SELECT

@@ -1,7 +1,8 @@
 -- Sparsity and L0 of every SAE, by layer
 --
--- `measured_l0` is active features per counted token of the SAE, `nominal_l0` what was published; `dead` features
--- never fired, `dense` ones have a density of at least $density; `median_density` is over those that fired.
+-- `measured_l0` is active features per counted token of the SAE, `nominal_l0` what was published; `dead`
+-- features never fired, `dense` ones have a density of at least $density; `median_density` is over those
+-- that fired.
 --
 -- needs: saes; features
 -- param density DOUBLE = 0.1: what counts as dense

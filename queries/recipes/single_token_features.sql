@@ -1,7 +1,7 @@
 -- Features that fire on one vocabulary token
 --
--- `share` is the share of a feature's active tokens that are its most frequent one (the lowest id of equals),
--- `token_share` the share of that token's counted occurrences on which the feature fires.
+-- `share` is the share of a feature's active tokens that are its most frequent one (the lowest id of
+-- equals), `token_share` the share of that token's counted occurrences on which the feature fires.
 --
 -- needs: activations of sae; contexts; features
 -- param sae SAE: the SAE
@@ -9,7 +9,8 @@
 -- param min_tokens COUNT = 10: active tokens that a feature must have
 -- param limit LIMIT = 20: rows
 WITH read AS (
-    SELECT context, unnest(tokens) AS token, unnest(counted) AS counted, unnest(range(len(tokens))) AS position
+    SELECT
+        context, unnest(range(len(tokens))) AS position, unnest(tokens) AS token, unnest(counted) AS counted
     FROM contexts
 ), occurring AS (
     SELECT token, count(*) AS n FROM read WHERE counted GROUP BY token

@@ -1,7 +1,7 @@
 -- Features whose top contexts have their maximum on one vocabulary token
 --
--- `share` is the share of the kept top contexts whose maximum is on the most frequent token (the lowest id of
--- equals). That says nothing of weak activations; `single_token_features` does, and needs all of them.
+-- `share` is the share of the kept top contexts whose maximum is on the most frequent token (the lowest id
+-- of equals). That says nothing of weak activations; `single_token_features` does, and needs all of them.
 --
 -- needs: top_contexts; contexts; features
 -- param sae SAE: the SAE

@@ -1,7 +1,7 @@
 -- Density of a feature by vocabulary token
 --
--- `n_tokens` is how often the token occurs among the counted ones, `active` on how many of them the feature fires,
--- `density` active by n_tokens. `share` is the token's share of all active tokens of the feature.
+-- `n_tokens` is how often the token occurs among the counted ones, `active` on how many of them the feature
+-- fires, `density` active by n_tokens. `share` is the token's share of all active tokens of the feature.
 --
 -- needs: activations of sae; contexts; vocabulary; every counted token of sae
 -- param sae SAE: the SAE
@@ -10,7 +10,8 @@
 -- param sort active|density|n_tokens = active: highest first
 -- param limit LIMIT = 20: rows
 WITH read AS (
-    SELECT context, unnest(tokens) AS token, unnest(counted) AS counted, unnest(range(len(tokens))) AS position
+    SELECT
+        context, unnest(range(len(tokens))) AS position, unnest(tokens) AS token, unnest(counted) AS counted
     FROM contexts
 ), fired AS (
     SELECT context, position, count(*) AS n FROM activations

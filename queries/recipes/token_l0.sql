@@ -1,7 +1,7 @@
 -- L0 of an SAE by vocabulary token
 --
--- `n_tokens` is how often the token occurs among the counted ones, `active` the activations on them,
--- `l0` active by n_tokens. A token that never occurs has no row.
+-- `n_tokens` is how often the token occurs among the counted ones, `active` the activations on them, `l0`
+-- active by n_tokens. A token that never occurs has no row.
 --
 -- needs: activations of sae; contexts; vocabulary; every counted token of sae
 -- param sae SAE: the SAE
@@ -9,7 +9,8 @@
 -- param sort l0|n_tokens = l0: highest first
 -- param limit LIMIT = 20: rows
 WITH read AS (
-    SELECT context, unnest(tokens) AS token, unnest(counted) AS counted, unnest(range(len(tokens))) AS position
+    SELECT
+        context, unnest(range(len(tokens))) AS position, unnest(tokens) AS token, unnest(counted) AS counted
     FROM contexts
 ), fired AS (
     SELECT context, position, count(*) AS n FROM activations

@@ -1,7 +1,8 @@
 -- Max-activating contexts of a feature, with text
 --
 -- One context a document, near-duplicates left out, highest absolute activation first; exact over the whole
--- corpus, `top_k` of the spec at most. `positions` and `values` are the active tokens within 64 of the maximum.
+-- corpus, `top_k` of the spec at most. `positions` and `values` are the active tokens within 64 of the
+-- maximum.
 --
 -- needs: top_contexts
 -- param sae SAE: the SAE

@@ -1,8 +1,8 @@
 -- The same feature in a wider SAE, by document
 --
--- Feature splitting: `covered` is the share of this feature's documents on which the other one fires, `within` the
--- share of the other one's that lie in this one's. A copy has both near 1; a part of a split one is within 1 and
--- covers some.
+-- Feature splitting: `covered` is the share of this feature's documents on which the other one fires,
+-- `within` the share of the other one's that lie in this one's. A copy has both near 1; a part of a split
+-- one is within 1 and covers some.
 --
 -- needs: document_features of sae, other; features
 -- param sae SAE: the narrower SAE
@@ -14,9 +14,11 @@
 WITH shared AS (
     SELECT sae, feature, count(*) AS n_both
     FROM document_features
-    -- As a list, or DuckDB may take one feature's rows for more than the other SAE's and build its table of those.
+    -- As a list, or DuckDB may take one feature's rows for more than the other SAE's and hash those.
     WHERE sae = $other
-        AND document IN (SELECT unnest(list(document)) FROM document_features WHERE sae = $sae AND feature = $feature)
+        AND document IN (
+            SELECT unnest(list(document)) FROM document_features WHERE sae = $sae AND feature = $feature
+        )
     GROUP BY sae, feature
     HAVING count(*) >= $min_both
 )

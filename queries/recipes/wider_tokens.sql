@@ -1,8 +1,8 @@
 -- The same feature in a wider SAE, by token
 --
--- Feature splitting: `covered` is the share of this feature's tokens on which the other one fires, `within` the
--- share of the other one's that lie in this one's. A copy has both near 1; a part of a split one is within 1 and
--- covers some.
+-- Feature splitting: `covered` is the share of this feature's tokens on which the other one fires, `within`
+-- the share of the other one's that lie in this one's. A copy has both near 1; a part of a split one is
+-- within 1 and covers some.
 --
 -- needs: activations of sae, other; features
 -- param sae SAE: the narrower SAE
@@ -14,9 +14,11 @@
 WITH shared AS (
     SELECT sae, feature, count(*) AS n_both
     FROM _active_tokens -- as `activations`, with context and position in one number
-    -- As a list, or DuckDB may take one feature's rows for more than the other SAE's and build its table of those.
+    -- As a list, or DuckDB may take one feature's rows for more than the other SAE's and hash those.
     WHERE sae = $other
-        AND token IN (SELECT unnest(list(token)) FROM _active_tokens WHERE sae = $sae AND feature = $feature)
+        AND token IN (
+            SELECT unnest(list(token)) FROM _active_tokens WHERE sae = $sae AND feature = $feature
+        )
     GROUP BY sae, feature
     HAVING count(*) >= $min_both
 )
