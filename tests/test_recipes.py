@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import shlex
 import shutil
 import statistics
 from collections import Counter, defaultdict
@@ -32,6 +33,7 @@ from sae_runtime import suites
 from sae_runtime.errors import InputError
 from sae_runtime.sae import SaeInfo, SaeWeights
 
+PAGE = (Path(__file__).parent.parent / "docs/RECIPES.md").read_text(encoding="utf-8")
 KEEPS = {"tiny-res": "tokens", "tiny-mlp": "documents", "tiny-att": "none"}
 Place = tuple[int, int]  # context, position
 Row = dict[str, Any]
@@ -224,8 +226,9 @@ def check_dead_features(world: World) -> None:
         ]  # fmt: skip
         same(world.ask("dead_features", sae=sae, limit="all"), wanted)
         same(world.ask("dead_features", sae=sae, limit=1), wanted[:1])
-    every = {(row["sae"], row["feature"]) for row in world.ask("dead_features", limit="all")}
-    assert every >= {(sae, f) for sae, found in world.active.items() for f in range(3) if not found.get(f)}
+    every = [(row["sae"], row["feature"]) for row in world.ask("dead_features", limit="all")]
+    assert every == sorted(every)
+    assert {*every} >= {(sae, f) for sae, found in world.active.items() for f in range(3) if not found.get(f)}
 
 
 def check_dense_features(world: World) -> None:
@@ -238,10 +241,14 @@ def check_dense_features(world: World) -> None:
         wanted.sort(key=lambda row: (-row["density"], row["feature"]))
         assert wanted
         same(world.ask("dense_features", sae=sae, density=0.05, limit="all"), wanted)
+        same(world.ask("dense_features", sae=sae, density=wanted[-1]["density"], limit="all"), wanted)
 
 
 def check_sae_sparsity(world: World) -> None:
-    found = {row["sae"]: row for row in world.ask("sae_sparsity", density=0.05)}
+    every = world.ask("sae_sparsity", density=0.05)
+    keys = [(row["layer"], row["site"], row["width"], row["sae"]) for row in every]
+    assert keys == sorted(keys)
+    found = {row["sae"]: row for row in every}
     assert set(found) == set(world.saes)
     for sae, features in world.active.items():
         row, n, width = found[sae], world.saes[sae]["n_tokens"], world.saes[sae]["width"]
@@ -381,7 +388,7 @@ def check_single_token_features(world: World) -> None:
         for feature, where in features.items():
             tokens = Counter(world.contexts[c]["tokens"][p] for c, p in where)
             token = min(tokens, key=lambda t: (-tokens[t], t))
-            if len(where) >= 4 and tokens[token] >= 0.5 * len(where):
+            if len(where) >= 4 and tokens[token] >= 0.2 * len(where):
                 wanted.append(
                     {"sae": sae, "feature": feature, "token": token, "share": tokens[token] / len(where),
                      "token_share": tokens[token] / occurring[token], "n_tokens": len(where),
@@ -389,7 +396,7 @@ def check_single_token_features(world: World) -> None:
                 )  # fmt: skip
         wanted.sort(key=lambda row: (-row["share"], -row["n_tokens"], row["feature"]))
         some += len(wanted)
-        same(world.ask("single_token_features", sae=sae, share=0.5, min_tokens=4, limit="all"), wanted)
+        same(world.ask("single_token_features", sae=sae, share=0.2, min_tokens=4, limit="all"), wanted)
     assert some
 
 
@@ -620,7 +627,9 @@ def check_drift_runs(world: World) -> None:
 
 
 def check_drift_ranges(world: World) -> None:
-    for column, cut, top in (("score", "5", "9.5"), ("score", "20", "50"), ("lang", "f", "k")):
+    for column, start, cut, top in (
+        ("score", "all", "5", "9.5"), ("score", "2.5", "10", "20"), ("lang", "all", "f", "k")
+    ):  # fmt: skip
         kind = float if column == "score" else str
 
         def between(low: Any, high: Any, column: str = column) -> set[int]:
@@ -630,9 +639,10 @@ def check_drift_ranges(world: World) -> None:
                 and (low is None or row[column] >= low) and (high is None or row[column] < high)
             }  # fmt: skip
 
-        sets = between(None, kind(cut)), between(kind(cut), kind(top))
+        sets = between(None if start == "all" else kind(start), kind(cut)), between(kind(cut), kind(top))
         params = {
             "column": column,
+            "a_from": start,
             "a_to": cut,
             "b_from": cut,
             "b_to": top,
@@ -878,3 +888,47 @@ def test_options_that_say_nothing(tiny_index: Path, options: list[str], match: s
     assert isinstance(done.exception, InputError)
     assert match in str(done.exception)
     assert done.stdout == ""
+
+
+# --- the page
+
+TINY = {
+    "sae": "tiny-res/layer_1/width_37/average_l0_2", "other": "tiny-res/layer_1/width_130/average_l0_13",
+    "feature": "2", "document": "0-1", "phrase": "the cat", "column": "score", "value": "10.25",
+    "a_to": "5", "b_from": "5",
+}  # fmt: skip
+
+
+def test_the_page_says_what_the_files_say() -> None:
+    """Of every recipe its title, its words and what it needs, and an example."""
+    page = " ".join(PAGE.split())
+    for recipe in recipes():
+        assert f"### {recipe.name} {recipe.title}. {' '.join(recipe.words.split())} Needs " in page, (
+            recipe.name
+        )
+        assert f"$ corpuscope recipe out/demo/index {recipe.name} " in page
+    assert set(re.findall(r"^### (.*)$", PAGE, re.MULTILINE)) == {recipe.name for recipe in recipes()}
+
+
+@pytest.mark.parametrize("example", re.findall(r"^```\n\$ (.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+def test_an_example_of_the_page_runs(example: str, tiny_index: Path) -> None:
+    """On the tiny index, with names of its own; the columns are those that the page shows."""
+    command, header, *_ = example.splitlines()
+    words = shlex.split(command)
+    assert words[:3] == ["corpuscope", "recipe", "out/demo/index"]
+    params = [word if "=" not in word else _on_tiny(word) for word in words[3:]]
+    done = CliRunner().invoke(cli, ["recipe", str(tiny_index), *params, "--format", "csv"])
+    if header.startswith("error: "):
+        assert f"error: {done.exception}" == header
+        return
+    assert done.exit_code == 0, done.exception
+    shown = re.split(r"\s{2,}", header)
+    columns = done.stdout.splitlines()[0].split(",")
+    whole = shown[:-1] if header.endswith("…") else shown
+    assert columns[: len(whole)] == whole
+    assert len(whole) == len(columns) or columns[len(whole)].startswith(shown[-1].removesuffix("…"))
+
+
+def _on_tiny(word: str) -> str:
+    name, _, value = word.partition("=")
+    return f"{name}={value if value == 'all' else TINY.get(name, value)}"

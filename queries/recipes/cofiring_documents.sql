@@ -2,8 +2,7 @@
 --
 -- Of every feature that fires in documents of this one: in how many (`n_both`), the share of either's
 -- documents that is, Jaccard index, lift P(both) / (P(one) P(other)) and PMI, its log2, in bits. P is over
--- the documents with counted tokens. It needs a row a document only, and is some ten times faster than
--- `cofiring_tokens`.
+-- the documents with counted tokens. It needs a row a document only.
 --
 -- needs: document_features of sae, other; features; documents
 -- param sae SAE: the SAE

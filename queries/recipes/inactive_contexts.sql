@@ -10,8 +10,8 @@
 -- param width COUNT = 20: half of the tokens of text shown
 -- param limit LIMIT = 20: rows
 SELECT
-    $sae AS sae, $feature AS feature, d.id, d.corpus, d.source, d.row, c.start, c.context,
-    snippet(c.context, $width, $width) AS text
+    $sae AS sae, $feature AS feature, snippet(c.context, $width, $width) AS text,
+    d.id, d.corpus, d.source, d.row, c.start, c.context
 FROM contexts AS c
 JOIN documents AS d ON d.document = c.document
 WHERE list_contains(c.counted, true)

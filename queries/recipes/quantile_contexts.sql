@@ -32,13 +32,13 @@ WITH samples AS (
 )
 -- Octaves are 8 bins of the histogram, whose first bin is what is below 2^-10.
 SELECT
-    d.sae, d.feature, d.stratum, d.stratum_contexts, r.contexts_from, r.contexts_to,
+    d.sae, d.feature, d.stratum, d.activation, snippet(d.context, d.position, $width) AS text,
+    d.stratum_contexts, r.contexts_from, r.contexts_to,
     CASE WHEN d.stratum >= -10
         THEN list_sum(f.histogram[1 : least(8 * d.stratum + 81, 193)]) / f.n_tokens END AS tokens_from,
     CASE WHEN d.stratum >= 14 THEN 1.0 WHEN d.stratum >= -11
         THEN list_sum(f.histogram[1 : 8 * d.stratum + 89]) / f.n_tokens END AS tokens_to,
-    d.activation, d.id, d.corpus, d.source, d.row, d.context, d.position,
-    snippet(d.context, d.position, $width) AS text
+    d.id, d.corpus, d.source, d.row, d.context, d.position
 FROM drawn AS d
 JOIN ranges AS r ON r.stratum = d.stratum
 JOIN features AS f ON f.sae = $sae AND f.feature = $feature

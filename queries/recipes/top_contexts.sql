@@ -10,8 +10,8 @@
 -- param width COUNT = 20: tokens of text on either side of the maximum
 -- param limit LIMIT = 20: rows
 SELECT
-    t.sae, t.feature, t.rank, t.activation, d.id, d.corpus, d.source, d.row, t.context, t.position,
-    snippet(t.context, t.position, $width) AS text, t.positions, t.values
+    t.sae, t.feature, t.rank, t.activation, snippet(t.context, t.position, $width) AS text,
+    d.id, d.corpus, d.source, d.row, t.context, t.position, t.positions, t.values
 FROM top_contexts AS t
 JOIN contexts AS c ON c.context = t.context
 JOIN documents AS d ON d.document = c.document
