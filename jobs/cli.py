@@ -19,6 +19,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from jobs.export import export
 from jobs.output import (
     ago,
     console,
@@ -398,6 +399,9 @@ def gc(index: str, grace: float, unfinished: float, format_: str) -> None:
             f"{count(found.waiting, 'file')} ({human(found.waiting_bytes)}) stay until they are older, as "
             "queries, scans or compactions that run may need them (--grace, --unfinished)"
         )
+
+
+cli.add_command(export)
 
 
 def _write_parquet(result: Any, output: str) -> None:

@@ -81,6 +81,7 @@ def _answer(
     with _damage(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a relation would save a copy, but it runs the statement lazily
         reader = con.execute(statement, list(values)).to_arrow_reader(_BATCH)
+    assert reader is not None
 
     def batches() -> Iterator[pa.RecordBatch]:
         with _damage():

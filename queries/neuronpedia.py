@@ -1,15 +1,16 @@
 """An index in Neuronpedia's importable layout: release, model, source set, source, and batches of features.
 
-    <model>/<source>/{release,model,sourceset,source}.jsonl, features/batch-N.jsonl.gz, activations/batch-N.jsonl.gz
+    <model>/<source>/release.jsonl, model.jsonl, sourceset.jsonl, source.jsonl
+    <model>/<source>/features/batch-N.jsonl.gz, activations/batch-N.jsonl.gz
 
-Names are those of SAEDashboard's neuronpedia_export.py and of the columns of Neuronpedia's database; the importer
-leaves out keys that are no columns (n_nonzero, n_tokens, stratum_contexts, token). It takes the columns from a
-file's first line, so that all lines of a file have the same keys, and fails on an empty file, so there is none.
+Names are those of SAEDashboard's neuronpedia_export.py and of the columns of Neuronpedia's database; the
+importer leaves out keys that are no columns (n_nonzero, n_tokens, stratum_contexts). It takes the columns of
+a file's first line, so all lines of a file have the same keys, and fails on an empty file, so there is none.
 
 Invariant: a context stands once a feature, among the top ones or in its interval; every value of a window is
-exact (windows are what lies within 64 tokens of the maximum, no longer than 128), and 0 means not active or not
-counted; nothing is rounded. What ranks, bins and histograms see is the absolute value, for signed architectures.
-Measured (demo index, 2 cores): 2,048 features with 115,000 windows take 15 s, two thirds of it gzip.
+exact (windows are what lies within 64 tokens of the maximum, no longer than 128), and 0 means not active or
+not counted; nothing is rounded. What ranks and bins is the absolute value, for signed architectures.
+Measured (demo index, 2 busy cores): 2,048 features with 122,000 windows take 17 s and 0.6 GB, 6 s of it gzip.
 """
 
 from __future__ import annotations
@@ -233,7 +234,7 @@ class _Source:
                 batch[feature["feature"] // step].append(self._feature(feature))
             for number, rows in batch.items():
                 self._write(f"features/batch-{number}.jsonl.gz", rows)
-            number, held = first // step, []
+            number, held = first // step, list[str]()
             for row in windows:
                 if row["feature"] // step != number:
                     lines += self._write(f"activations/batch-{number}.jsonl.gz", held)
@@ -252,7 +253,7 @@ class _Source:
         return len(lines)
 
     def _describe(self) -> None:
-        """The four files that say what this is. A key that is null or no column is an error to the importer."""
+        """The four files that say what this is. The importer takes no null and no key that is no column."""
         sae, names = self.sae, self.names
         row = ask(
             self.con,
@@ -261,7 +262,9 @@ class _Source:
         ).to_pylist()[0]
         common = {"creatorId": self.settings.creator, "createdAt": self.made, "visibility": "PUBLIC"}
         repository = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@[^/]+)?/(.+)", sae.uri)
-        weights = {"hfRepoId": repository[1], "hfFolderId": repository[2].rsplit("/", 1)[0]} if repository else {}
+        weights = (
+            {"hfRepoId": repository[1], "hfFolderId": repository[2].rsplit("/", 1)[0]} if repository else {}
+        )
         release = f"{names.model}-{names.source_set}" if self.settings.source_set else sae.suite
         tables: dict[str, dict[str, Any]] = {
             "release": {
@@ -318,9 +321,13 @@ class _Source:
             row["histogram"] = np.array(row["histogram"] or [0] * 194, np.int64)
             self._check(row["feature"], [row["max"] or 0.0])
         if "feature_tokens" in self.views:
-            logits = f"SELECT feature, sign, token, logit FROM feature_tokens {where} ORDER BY feature, sign, rank"
+            logits = (
+                f"SELECT feature, sign, token, logit FROM feature_tokens {where} ORDER BY feature, sign, rank"
+            )
             for row in ask(self.con, logits, span).to_pylist():
-                found[row["feature"]]["tokens"].setdefault(row["sign"], []).append((row["token"], row["logit"]))
+                found[row["feature"]]["tokens"].setdefault(row["sign"], []).append(
+                    (row["token"], row["logit"])
+                )
         if "feature_neighbours" in self.views:
             near = "SELECT feature, other_feature, cosine FROM feature_neighbours "
             near += f"{where} AND other_sae = sae ORDER BY feature, rank"
@@ -403,7 +410,7 @@ class _Source:
     def _check(self, feature: int, values: Sequence[float]) -> None:
         if not all(map(math.isfinite, values)):
             raise DataError(
-                f"{self.sae.id}: feature {feature} has an activation beyond bfloat16's range, which JSON cannot hold"
+                f"{self.sae.id}: feature {feature} has an infinite activation, which JSON cannot hold"
             )
 
 
