@@ -103,8 +103,8 @@ def _of(con: duckdb.DuckDBPyConnection, sae: Sae) -> Iterator[tuple[str, Stateme
         yield view, _token_rows(con, view, sae)
     there = set(ask(con, "SELECT view_name FROM duckdb_views()")["view_name"].to_pylist())
     for view in _ANNOTATED:
-        if view in there:
-            yield view, [(f"SELECT * FROM {view} WHERE sae = $1 ORDER BY ALL", [sae.id])]
+        if view in there and ask(con, f"SELECT sae FROM {view} WHERE sae = $1 LIMIT 1", [sae.id]).num_rows:
+            yield view, _sliced(view, sae, "ALL", slices(everything, _ROWS // 50))
 
 
 def _sliced(view: str, sae: Sae, order: str, parts: Iterable[tuple[int, int]]) -> Statements:

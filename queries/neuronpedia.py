@@ -108,7 +108,7 @@ def names(sae: Sae, settings: Settings) -> Names:
     model = settings.model or (published.split("/", 1)[0] if published else _model(sae.model))
     layer = "e" if sae.layer is None else str(sae.layer)
     source_set = settings.source_set or _slug(sae.suite)
-    rest = sae.id.removeprefix(sae.suite).strip("/").split("/")
+    rest = [part for part in sae.id.removeprefix(sae.suite).split("/") if part]
     apart = "-".join(_slug(part) for part in rest if not re.fullmatch(rf"layers?[._]{layer}", part))
     return Names(model, f"{layer}-{source_set}" + (f"__{apart}" if apart else ""), source_set)
 
