@@ -75,7 +75,11 @@ def export(
         refuse(found)
     folder = Folder(output, overwrite, [uri for uri in index.split(",") if uri])
     writer = {"neuronpedia": _neuronpedia, "delphi": _delphi, "parquet": _parquet}[format_]
-    facts = writer(con, found, folder, given, Steps())
+    try:
+        facts = writer(con, found, folder, given, Steps())
+    except InputError:
+        folder.abandon()
+        raise
     folder.finish({"format": format_, "index": index, "saes": [sae.id for sae in found]} | facts)
     message(f"{count(len(found), 'SAE')} -> {output}")
 

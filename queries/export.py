@@ -172,6 +172,11 @@ class Folder:
         text = json.dumps({"made_by": _MAKER} | facts, indent=1, ensure_ascii=False)
         self.store.write(name, text.encode())
 
+    def abandon(self) -> None:
+        """Leave no trace where nothing was written: what was asked for turned out wrong."""
+        if self.store.entries("") == [UNFINISHED]:
+            self.store.remove([UNFINISHED])
+
     def finish(self, facts: dict[str, Any]) -> None:
         """Say what the export holds; it is whole from then on."""
         self._write(README, {"made": now()} | facts)

@@ -526,7 +526,7 @@ def test_what_delphi_cannot_have(mixed: Path, tmp_path: Path, run: Callable[...,
     code, err = run("export", mixed, *out, "--sae", RES, "--ctx", 4000)
     assert code == 2
     assert "--ctx 4000: none of the" in err
-    code, err = run("export", mixed, *out, "--sae", RES, "--ctx", 70_000, "--overwrite")
+    code, err = run("export", mixed, *out, "--sae", RES, "--ctx", 70_000)  # nothing is left in the way
     assert code == 2
     assert "--ctx 70000: delphi's files hold 1 to 65,536 positions" in err
 
