@@ -20,6 +20,7 @@ import click
 from click.core import ParameterSource
 
 from jobs.diff import diff
+from jobs.export import export
 from jobs.output import (
     ago,
     console,
@@ -411,6 +412,7 @@ def gc(index: str, grace: float, unfinished: float, format_: str) -> None:
 
 
 cli.add_command(diff)
+cli.add_command(export)
 
 
 def _write_parquet(result: Any, output: str) -> None:
