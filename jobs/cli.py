@@ -19,6 +19,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from jobs.diff import diff
+from jobs.export import export
 from jobs.output import (
     ago,
     console,
@@ -31,6 +33,7 @@ from jobs.output import (
     print_facts,
     print_rows,
     show,
+    uris,
 )
 from jobs.recipes import recipe, recipes
 from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interrupted, one_line
@@ -219,24 +222,32 @@ def saes(suite: str, select: tuple[str, ...], site: str | None, format_: str) ->
     help="Output: table for people, the others for programs; parquet needs -o.",
 )
 @click.option("-o", "--output", metavar="FILE", help="Write here instead of stdout (parquet).")
-def sql(index: str, statement: str | None, script: bool, format_: str, output: str | None) -> None:
-    """One read-only SQL STATEMENT over the views of INDEX."""
+@click.option(
+    "--timeout", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), help="Stop the query then."
+)
+def sql(
+    index: str, statement: str | None, script: bool, format_: str, output: str | None, timeout: float | None
+) -> None:
+    """One read-only SQL STATEMENT over the views of INDEX (of several: commas between them)."""
     from pipelines.storage import Store
     from queries.connect import script as statements
-    from queries.lookup import column_names, rows, select
+    from queries.lookup import column_names, rows, select, time_limit
 
     if script:
-        click.echo(";\n\n".join(statements(Store(index))) + ";", color=True)  # nothing is left out
+        made = statements([Store(uri) for uri in uris(index)])
+        click.echo(";\n\n".join(made) + ";", color=True)  # nothing is left out
         return
     if statement is None:
         raise InputError('sql: a statement is missing; for example "SELECT * FROM saes"')
     if (format_ == "parquet") != (output is not None):
         raise InputError("sql: --format parquet and -o FILE go together")
-    result = select(opened(index), statement)
-    if output is not None:
-        _write_parquet(result, output)
-        return
-    print_rows(rows(result), format_, column_names(result))
+    con = opened(index)
+    with time_limit(con, timeout):
+        result = select(con, statement)
+        if output is not None:
+            _write_parquet(result, output)
+        else:
+            print_rows(rows(result), format_, column_names(result))
 
 
 @cli.command()
@@ -403,6 +414,8 @@ def gc(index: str, grace: float, unfinished: float, format_: str) -> None:
 
 cli.add_command(recipes)
 cli.add_command(recipe)
+cli.add_command(diff)
+cli.add_command(export)
 
 
 def _write_parquet(result: Any, output: str) -> None:

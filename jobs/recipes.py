@@ -34,12 +34,21 @@ def recipes(index: str, format_: str) -> None:
 @click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter; may be repeated.")
 @click.option("--limit", metavar="N", help="The parameter `limit`: a number of rows, or all.")
 @click.option("--show", is_flag=True, help="Print the SQL instead, as it goes after `sql --script`.")
+@click.option(
+    "--timeout", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), help="Stop the query then."
+)
 @format_option
 def recipe(
-    index: str, name: str, params: tuple[str, ...], limit: str | None, show: bool, format_: str
+    index: str,
+    name: str,
+    params: tuple[str, ...],
+    limit: str | None,
+    show: bool,
+    timeout: float | None,
+    format_: str,
 ) -> None:
     """The recipe NAME of INDEX with its parameters; `recipes` lists them."""
-    from queries.lookup import column_names, rows, select
+    from queries.lookup import column_names, rows, select, time_limit
     from queries.recipe import statement
 
     given: dict[str, str] = {}
@@ -55,8 +64,9 @@ def recipe(
     if show:
         click.echo(sql + ";", color=True)
         return
-    result = select(con, sql)
-    print_rows(rows(result), format_, column_names(result))
+    with time_limit(con, timeout):
+        result = select(con, sql)
+        print_rows(rows(result), format_, column_names(result))
 
 
 def _row(recipe: Any, lacking: list[str], n_saes: int) -> dict[str, str]:

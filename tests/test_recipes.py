@@ -868,6 +868,12 @@ def test_the_command_lists_and_runs_and_shows(tiny_index: Path, plain: World) ->
     ]
 
 
+def test_a_time_limit_stops_a_recipe(tiny_index: Path) -> None:
+    done = CliRunner().invoke(cli, ["recipe", str(tiny_index), "l0_distribution", "--timeout", "0.001"])
+    assert str(done.exception) == "stopped after 0.001 s, its time limit"
+    assert done.stdout == ""
+
+
 def test_words_in_quotes_stay_words(plain: World) -> None:
     for phrase in ("it's $sae", "'; DROP TABLE x; --", "$feature"):
         sql = statement(plain.con, "features_on_phrase", {"phrase": phrase})
