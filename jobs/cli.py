@@ -21,6 +21,7 @@ from click.core import ParameterSource
 
 from jobs.annotate import annotate
 from jobs.diff import diff
+from jobs.export import export
 from jobs.output import (
     ago,
     console,
@@ -35,6 +36,7 @@ from jobs.output import (
     show,
     uris,
 )
+from jobs.recipes import recipe, recipes
 from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interrupted, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
@@ -412,7 +414,10 @@ def gc(index: str, grace: float, unfinished: float, format_: str) -> None:
 
 
 cli.add_command(annotate)
+cli.add_command(recipes)
+cli.add_command(recipe)
 cli.add_command(diff)
+cli.add_command(export)
 
 
 def _write_parquet(result: Any, output: str) -> None:

@@ -48,6 +48,13 @@ FROM (
 )
 WHERE error(why) IS NULL;
 
+-- The same with context and position in one number, for recipes that ask which rows share a token: comparing
+-- it takes under half the time of comparing pairs.
+CREATE VIEW _active_tokens AS
+SELECT sae, feature, token, activation FROM $activations WHERE NOT list_contains($not_kept_tokens, sae)
+UNION ALL
+SELECT sae, feature, context, activation FROM activations WHERE list_contains($not_kept_tokens, sae);
+
 CREATE VIEW sampled_activations AS
 SELECT sae, feature, token // $length AS context, (token % $length)::INTEGER AS position, activation
 FROM $activations;
@@ -164,6 +171,14 @@ SELECT
 FROM merged AS m
 LEFT JOIN counted AS c ON c.sae = m.sae
 LEFT JOIN histograms AS h ON h.sae = m.sae AND h.feature = m.feature;
+
+-- Counts of the features that fired, alone: `features` has to make the histograms for them too.
+CREATE VIEW _feature_counts AS
+SELECT
+    sae, feature,
+    sum(n_tokens)::BIGINT AS n_tokens, sum(n_contexts)::BIGINT AS n_contexts, sum(n_documents)::BIGINT AS n_documents
+FROM $features
+GROUP BY sae, feature;
 
 -- One candidate a document in the partials already; of equal endings the highest stays, then the k highest.
 CREATE VIEW _top_contexts AS
