@@ -149,24 +149,24 @@ def status(index: str, format_: str) -> None:
     from pipelines.status import status as read_status
     from pipelines.words import human
 
-    found = read_status(index)
+    every = [read_status(uri) for uri in uris(index)]
     if format_ != "table":
-        row = asdict(found)
-        print_rows([row], format_, list(row))
+        print_rows(map(asdict, every), format_, list(asdict(every[0])))
         return
-    facts = {
-        "index": found.index,
-        "state": f"{found.state} ({found.scan})" if found.scan else found.state,
-        "runs": f"{found.runs:,}",
-        "SAEs": f"{found.saes:,}",
-        "units": f"{found.committed:,} of {found.units:,} committed, {found.running:,} running, "
-        f"{found.pending - found.running:,} waiting, {found.failed:,} failed",
-        "documents": f"{found.documents:,} indexed, {found.quarantined:,} quarantined",
-        "tokens": f"{found.tokens:,} counted",
-        "size": human(found.bytes),
-        "last commit": "none yet" if found.last_commit is None else f"{ago(found.last_commit)} ago",
-    }
-    print_facts([*facts.items(), *(("failed", error) for error in found.errors)])
+    for found in every:
+        facts = {
+            "index": found.index,
+            "state": f"{found.state} ({found.scan})" if found.scan else found.state,
+            "runs": f"{found.runs:,}",
+            "SAEs": f"{found.saes:,}",
+            "units": f"{found.committed:,} of {found.units:,} committed, {found.running:,} running, "
+            f"{found.pending - found.running:,} waiting, {found.failed:,} failed",
+            "documents": f"{found.documents:,} indexed, {found.quarantined:,} quarantined",
+            "tokens": f"{found.tokens:,} counted",
+            "size": human(found.bytes),
+            "last commit": "none yet" if found.last_commit is None else f"{ago(found.last_commit)} ago",
+        }
+        print_facts([*facts.items(), *(("failed", error) for error in found.errors)])
 
 
 @cli.command()
