@@ -18,12 +18,21 @@ import families
 import tiny
 import yaml
 
+from sae_runtime.cache import cache_dir
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Converted models go to this session's folder, so that a test sees no earlier one's."""
-    before = os.environ.get("CORPUSCOPE_CACHE")
-    os.environ["CORPUSCOPE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Converted models go to this session's folder, so that a test sees no earlier one's.
+
+    Compiled loops, which are named after their sources, stay where they are: each new process that found
+    none would compile for 15 s.
+    """
+    before, own = os.environ.get("CORPUSCOPE_CACHE"), tmp_path_factory.mktemp("cache")
+    loops = cache_dir() / "numba"
+    loops.mkdir(parents=True, exist_ok=True)
+    (own / "numba").symlink_to(loops.absolute(), target_is_directory=True)
+    os.environ["CORPUSCOPE_CACHE"] = str(own)
     yield
     os.environ.pop("CORPUSCOPE_CACHE")
     if before is not None:

@@ -24,7 +24,7 @@ from pipelines.faults import POINTS, Point
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["jobs.cli", "jobs.progress", "jobs.specfile", "pipelines.scan", "pipelines.gc", "queries",
-     "transformers.models.gemma2.modeling_gemma2", "tiny"]
+     "transformers.models.gemma2.modeling_gemma2", "tests.warm"]
 )  # fmt: skip
 FREE = "--free"  # before a command: it does not heed the lease
 
