@@ -139,3 +139,22 @@ def tiny_index(
     outcome = scan_inline(spec)
     assert not outcome.failed
     return spec.parent / "index"
+
+
+@pytest.fixture(scope="session")
+def few(tiny_suites: Path) -> list[dict[str, str]]:
+    """`saes` of a spec: a seventh of the rows, for tests of histories, in which each SAE has the same one."""
+    return [{"uri": str(tiny_suites / "tiny-att")}]
+
+
+@pytest.fixture(scope="session")
+def few_index(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_spec: Callable[..., Path],
+    scan_inline: Callable[..., Any],
+    few: list[dict[str, str]],
+) -> Path:
+    """The index of the default corpus and two SAEs, scanned once. Read only."""
+    spec = write_spec(tmp_path_factory.mktemp("few"), saes=few)
+    assert not scan_inline(spec).failed
+    return spec.parent / "index"
