@@ -5,10 +5,10 @@ and ledger, unit by unit, and its compaction afterwards, so the files are what a
 leave, and `corpuscope verify` passes. The same parameters give the same rows, in any number of processes.
 
 What is drawn is like what SAEs of language models give (examples/saes on the demo's corpus has 4.1 tokens a
-feature and document of 128 tokens; so has this): densities are lognormal over features, 2 % are dead; a feature
-is on in some documents and fires there again and again, a fifth of the time at the next token, more often at a
-document's beginning than at its end; activations are lognormal around a feature's own size. Every 100th feature
-prefers documents of `lang` en.
+feature and document of 128 tokens; so has this): densities are lognormal over features, 2 % are dead; a
+feature is on in some documents and fires there again and again, a fifth of the time at the next token, more
+often at a document's beginning than at its end; activations are lognormal around a feature's own size. Every
+100th feature prefers documents of `lang` en.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import sys
 import uuid
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -127,7 +129,7 @@ def make(root: Path, shape: Shape, processes: int = 2, compacted: bool = True) -
     ordinals = range(shape.units)
     if processes > 1:
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            for n, _ in enumerate(pool.map(_write_unit, *zip(*((store.uri, shape, o) for o in ordinals)))):
+            for n, _ in enumerate(pool.map(partial(_write_unit, store.uri, shape), ordinals)):
                 _tell(f"unit {n + 1} of {shape.units}")
     else:
         for ordinal in ordinals:
@@ -325,7 +327,7 @@ def _write_unit(uri: str, shape: Shape, ordinal: int) -> None:
         sparse = _block(behave, starts, lang[first:stop] == 0, np.uint64(rng.integers(1 << 63)))
         windows = [
             (int(first) + n, window)
-            for n, (a, b) in enumerate(zip(starts[:-1], starts[1:], strict=True))
+            for n, (a, b) in enumerate(pairwise(starts))
             for window in contexts(ids[a:b], rule)
         ]
         chunk = _chunk(unit, windows, local, ids)
@@ -343,7 +345,13 @@ def _write_unit(uri: str, shape: Shape, ordinal: int) -> None:
     moments = Moments(0).columns(0.0)
     writer.write(
         "saes",
-        {"sae": [sae.id], "unit": [ordinal], "n_tokens": [counted], "n_active": [active], "sample_tokens": [0]}
+        {
+            "sae": [sae.id],
+            "unit": [ordinal],
+            "n_tokens": [counted],
+            "n_active": [active],
+            "sample_tokens": [0],
+        }
         | moments,
     )
     _write_documents(writer, unit, size, lang)

@@ -105,6 +105,7 @@ def opened(found: Contents, filled: dict[str, str], **settings: Any) -> duckdb.D
     if not found.store.local:
         con.register_filesystem(RemoteFiles(found.store))
     try:
+        con.execute("SET parquet_metadata_cache = true")  # no file of an index ever changes
         for statement in _script(filled):
             con.execute(statement)
     except duckdb.Error as error:
