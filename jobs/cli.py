@@ -19,6 +19,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from jobs.diff import diff
 from jobs.output import (
     ago,
     console,
@@ -31,6 +32,7 @@ from jobs.output import (
     print_facts,
     print_rows,
     show,
+    uris,
 )
 from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interrupted, one_line
 
@@ -218,24 +220,32 @@ def saes(suite: str, select: tuple[str, ...], site: str | None, format_: str) ->
     help="Output: table for people, the others for programs; parquet needs -o.",
 )
 @click.option("-o", "--output", metavar="FILE", help="Write here instead of stdout (parquet).")
-def sql(index: str, statement: str | None, script: bool, format_: str, output: str | None) -> None:
-    """One read-only SQL STATEMENT over the views of INDEX."""
+@click.option(
+    "--timeout", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), help="Stop the query then."
+)
+def sql(
+    index: str, statement: str | None, script: bool, format_: str, output: str | None, timeout: float | None
+) -> None:
+    """One read-only SQL STATEMENT over the views of INDEX (of several: commas between them)."""
     from pipelines.storage import Store
     from queries.connect import script as statements
-    from queries.lookup import column_names, rows, select
+    from queries.lookup import column_names, rows, select, time_limit
 
     if script:
-        click.echo(";\n\n".join(statements(Store(index))) + ";", color=True)  # nothing is left out
+        made = statements([Store(uri) for uri in uris(index)])
+        click.echo(";\n\n".join(made) + ";", color=True)  # nothing is left out
         return
     if statement is None:
         raise InputError('sql: a statement is missing; for example "SELECT * FROM saes"')
     if (format_ == "parquet") != (output is not None):
         raise InputError("sql: --format parquet and -o FILE go together")
-    result = select(opened(index), statement)
-    if output is not None:
-        _write_parquet(result, output)
-        return
-    print_rows(rows(result), format_, column_names(result))
+    con = opened(index)
+    with time_limit(con, timeout):
+        result = select(con, statement)
+        if output is not None:
+            _write_parquet(result, output)
+        else:
+            print_rows(rows(result), format_, column_names(result))
 
 
 @cli.command()
@@ -398,6 +408,9 @@ def gc(index: str, grace: float, unfinished: float, format_: str) -> None:
             f"{count(found.waiting, 'file')} ({human(found.waiting_bytes)}) stay until they are older, as "
             "queries, scans or compactions that run may need them (--grace, --unfinished)"
         )
+
+
+cli.add_command(diff)
 
 
 def _write_parquet(result: Any, output: str) -> None:

@@ -23,6 +23,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from sae_runtime.errors import InputError
 from sae_runtime.terminal import escaped, plain
 
 FORMATS = ("table", "json", "jsonl", "csv")
@@ -42,11 +43,21 @@ format_option = click.option(
 )
 
 
+def uris(index: str) -> list[str]:
+    """INDEX as it is given: one URI, or several with commas between them. Raises InputError for none."""
+    found = [uri.strip() for uri in index.split(",") if uri.strip()]
+    if not found:
+        raise InputError(
+            f"INDEX {index!r}: the URI of an index is wanted, or several with commas between them"
+        )
+    return found
+
+
 def opened(index: str) -> Any:
-    """A connection to INDEX: one URI, or several with commas between them. Raises InputError, DataError."""
+    """A connection to INDEX. Raises InputError, DataError."""
     from queries.connect import connect
 
-    return connect(*(uri for uri in index.split(",") if uri))
+    return connect(*uris(index))
 
 
 def console(stderr: bool = False) -> Console:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pipelines.ledger import Commit, DataFileRecord, Ledger
 from pipelines.ordinals import InOrder, between, unpack, without
 from pipelines.registry import Plan, Unit, in_corpus_order
-from pipelines.schema import KEYED, ROWS, SUMMARIES, UNIT_FACTS, UNITS
+from pipelines.schema import KEYED, KINDS, ROWS, SUMMARIES, UNIT_FACTS, UNITS
 from pipelines.snapshots import Node, Run, Snapshot, newest, read_nodes, read_runs
 from pipelines.storage import Store
 from sae_runtime.errors import InputError
@@ -160,6 +160,11 @@ class Contents:
         own = self.commits_of(self.own)
         return [*_of(self.runs, kind), *_own(own, "document_features" if kind == "by_document" else kind)]
 
+    @cached_property
+    def named(self) -> frozenset[str]:
+        """The files that hold what is shown."""
+        return frozenset(file.path for kind in KINDS for file in self.files(kind))
+
     def merged_facts(self, columns: Sequence[str] = UNIT_FACTS.names) -> pa.Table:
         """Counts of the units that runs know of (columns of UNIT_FACTS), shown or not."""
         wanted = pa.schema([UNIT_FACTS.field(name) for name in columns])
@@ -180,8 +185,7 @@ def contents(store: Store) -> Contents:
     ledger = Ledger(store)
     identity = ledger.identity()
     if identity is None:
-        several = "; several indexes at once are not supported yet" if "," in store.uri else ""
-        raise InputError(f"{store.uri}: no index here (no index.json){several}; `corpuscope scan` makes one")
+        raise InputError(f"{store.uri}: no index here (no index.json); `corpuscope scan` makes one")
     plans = tuple(ledger.plans())
     return resolve(store, Registered(identity, plans, tuple(in_corpus_order(plans))))
 

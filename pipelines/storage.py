@@ -154,10 +154,11 @@ class Store:
         """A seekable stream for one thread at a time. Raises FileNotFoundError."""
         if self.local:
             return open(self.path(name), "rb")
-        raw = _Ranges(lambda start, stop: self._range(name, start, stop), self.size(name))
+        raw = _Ranges(lambda start, stop: self.read_range(name, start, stop), self.size(name))
         return cast(IO[bytes], io.BufferedReader(raw, _READ_AHEAD))
 
-    def _range(self, name: str, start: int, stop: int) -> bytes:
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of an object. Raises FileNotFoundError."""
         with self._naming(name):
             return bytes(self.fs.cat_file(self.path(name), start=start, end=stop))
 

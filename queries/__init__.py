@@ -6,5 +6,6 @@ con.sql("SELECT * FROM features ORDER BY max DESC LIMIT 10")
 """
 
 from queries.connect import connect
+from queries.lookup import time_limit
 
-__all__ = ["connect"]
+__all__ = ["connect", "time_limit"]

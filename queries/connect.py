@@ -1,7 +1,9 @@
-"""Opening an index: commits are resolved to file lists, the views and macros are made over them.
+"""Opening indexes: commits are resolved to file lists, the views and macros are made over them.
 
 Invariant: a connection sees the units that were wholly committed when it was opened, and no others;
-files are named one by one, never by a glob. The connection is in memory and reads the index only.
+files are named one by one, never by a glob. The connection is in memory and reads the indexes only: DuckDB's
+external access is off but for our own files (files.py), which cannot be written, and for the folder that it
+spills to, which is the connection's own.
 Measured (design note, local and warm): a point query over 1,000 files takes 0.3 s, most of it opening
 them; compaction is what will keep that flat.
 """
@@ -9,12 +11,16 @@ them; compaction is what will keep that flat.
 from __future__ import annotations
 
 import datetime
+import os
 import re
-from collections.abc import Iterable
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.contents import Contents, contents, places
@@ -23,6 +29,7 @@ from pipelines.schema import (
     KEYED,
     KINDS,
     LOCAL_MAX,
+    ROWS,
     SAMPLE_BITS,
     SCHEMAS,
     VOCABULARY,
@@ -34,8 +41,9 @@ from pipelines.schema import (
     sample_seed,
 )
 from pipelines.storage import Store
+from queries.files import SCHEME, IndexFiles, url
 from queries.relations import literal, name, parquet, table, texts, without
-from queries.remote import RemoteFiles
+from queries.several import Keys, agree, match, same_keys
 from sae_runtime.errors import DataError, InputError, one_line
 
 _HERE = Path(__file__).parent
@@ -56,6 +64,31 @@ _SAE_COLUMNS = {
     "fingerprint": "VARCHAR",
     "uri": "VARCHAR",
 }
+# Columns that hold keys.
+_KEY = dict.fromkeys(("document_features", "by_document", *KEYED), "document") | {
+    "activations": "token",
+    **dict.fromkeys(("top_contexts", "sampled_contexts", "sampled_merged"), "context"),
+}
+# Every connection's.
+_SETTINGS = {
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "allow_community_extensions": False,
+    "python_enable_replacements": False,  # or an unknown table is looked for in Python
+}
+# What a person may still set; nothing of it opens a file.
+_FREE = [
+    "default_null_order", "default_order", "enable_progress_bar", "memory_limit", "preserve_insertion_order",
+    "progress_bar_time", "threads", "TimeZone",
+]  # fmt: skip
+# Set last: `enable_external_access` alone would let no file of an index be opened.
+_CLOSED = {
+    "parquet_metadata_cache": "true",  # files of ours never change
+    "allowed_directories": texts([f"{SCHEME}://"]),
+    "enable_external_access": "false",
+    "allowed_configs": texts(_FREE),
+    "lock_configuration": "true",
+}
 _SEED_COLUMNS = {"sae": "VARCHAR", "seed": "UHUGEINT"}
 _RUN_COLUMNS = {
     "run": "INTEGER",
@@ -69,54 +102,95 @@ _RUN_COLUMNS = {
     "documents": "BIGINT",
     "tokens": "BIGINT",
     "tokens_per_second": "DOUBLE",
+    "index": "VARCHAR",  # of several the one that it made
 }
 
 
-def connect(uri: str, *more: str) -> duckdb.DuckDBPyConnection:
-    """A DuckDB connection with the index's views and macros. Raises InputError if there is no index.
+def connect(uri: str, *more: str, **settings: Any) -> duckdb.DuckDBPyConnection:
+    """A DuckDB connection with the views and macros of an index, or of several over the same documents.
 
-    DataError names a file that is gone. Files that were replaced and removed while it was opened are not: the
-    index is resolved again then.
+    `settings` are DuckDB's. A query on it can neither write a file nor read one outside the indexes, nor load
+    an extension, nor change that; tables in memory, and settings such as `threads` and `memory_limit`, are
+    free. Documents, contexts and their keys are those of the first index; the others add their SAEs.
+    Raises InputError if there is no index, or if they do not go together. DataError names a file that is
+    gone, unless it was replaced and removed while the index was opened, which is resolved again then.
     """
-    if more:
-        raise InputError(f"{uri}: several indexes at once are not supported yet")
-    store = Store(uri)
-    found, filled = resolved(store)
+    stores = [Store(each) for each in (uri, *more)]
+    found = [resolved(store) for store in stores]
     while True:
         try:
-            return opened(found, filled)
+            return opened(found, **settings)
         except DataError:
-            before = filled
-            found, filled = resolved(store)
-            if filled == before:
+            before = _files(found)
+            found = [resolved(store) for store in stores]
+            if _files(found) == before:
                 raise
 
 
-def resolved(store: Store) -> tuple[Contents, dict[str, str]]:
-    """What an index holds, and what the `$names` of the .sql files stand for in it."""
+def resolved(store: Store) -> Contents:
+    """What an index holds."""
     with reading(store.uri):
-        found = contents(store)
-        return found, _values(found)
+        return contents(store)
 
 
-def opened(found: Contents, filled: dict[str, str], **settings: Any) -> duckdb.DuckDBPyConnection:
-    """The same for an index that is resolved already; `settings` are DuckDB's. Raises DataError."""
-    con = duckdb.connect(":memory:", config={"autoinstall_known_extensions": False, **settings})
-    if not found.store.local:
-        con.register_filesystem(RemoteFiles(found.store))
+def opened(found: Sequence[Contents], **settings: Any) -> duckdb.DuckDBPyConnection:
+    """The same for indexes that are resolved already. Raises DataError, InputError."""
+    con = _session(found, settings)
     try:
-        con.execute("SET parquet_metadata_cache = true")  # no file of an index ever changes
-        for statement in _script(filled):
+        for statement in _script(_values(found, url, con)):
             con.execute(statement)
+        for name, value in _CLOSED.items():
+            con.execute(f"SET {name} = {value}")
     except duckdb.Error as error:
         con.close()
-        raise DataError(f"index {found.store.uri}: damaged: {one_line(error)}") from error
+        raise DataError(f"index {_uris(found)}: damaged: {one_line(error)}") from error
+    except InputError:
+        con.close()
+        raise
     return con
 
 
-def script(store: Store) -> list[str]:
-    """The statements that make the macros and views, file lists filled in: they run in any DuckDB."""
-    return _script(resolved(store)[1])
+def script(stores: Sequence[Store]) -> list[str]:
+    """The statements that make the macros and views, file lists filled in: they run in any DuckDB.
+
+    Raises as `connect` does.
+    """
+    found = [resolved(store) for store in stores]
+    con = _session(found, {})
+    try:
+        return _script(_values(found, lambda index, name: found[index].store.url(name), con))
+    except duckdb.Error as error:
+        raise DataError(f"index {_uris(found)}: damaged: {one_line(error)}") from error
+    finally:
+        con.close()
+
+
+def values(found: Contents) -> dict[str, str]:
+    """What the `$names` of the .sql files stand for in a connection to one index."""
+    return _values([found], url, None)
+
+
+def _files(found: Sequence[Contents]) -> list[frozenset[str]]:
+    with reading(_uris(found)):
+        return [each.named for each in found]
+
+
+def _uris(found: Sequence[Contents]) -> str:
+    return ",".join(each.store.uri for each in found)
+
+
+def _session(found: Sequence[Contents], settings: dict[str, Any]) -> duckdb.DuckDBPyConnection:
+    """A DuckDB in memory that sees the files of some indexes; it is not closed to anything else yet."""
+    sizes: dict[tuple[int, str], int] = {}
+    for number, each in enumerate(found):
+        if not each.store.local:
+            with reading(each.store.uri):
+                sizes |= {(number, file.path): file.bytes for kind in KINDS for file in each.files(kind)}
+    # Until a query spills there is no such folder; DuckDB removes it with the connection.
+    scratch = os.path.join(tempfile.gettempdir(), f"corpuscope-{uuid.uuid4().hex}")
+    con = duckdb.connect(":memory:", config={**_SETTINGS, "temp_directory": scratch, **settings})
+    con.register_filesystem(IndexFiles([each.store for each in found], sizes))
+    return con
 
 
 def _script(filled: dict[str, str]) -> list[str]:
@@ -133,44 +207,119 @@ def busy_seconds(started: Iterable[float], finished: Iterable[float]) -> float:
     return total
 
 
-def _values(found: Contents) -> dict[str, str]:
-    """What the `$names` of the .sql files stand for."""
-    store, fixed, saes = found.store, found.identity["fixed"], found.identity["saes"]
-    metadata = fixed["metadata"]
+def _values(
+    found: Sequence[Contents], named: Callable[[int, str], str], con: duckdb.DuckDBPyConnection | None
+) -> dict[str, str]:
+    """What the `$names` of the .sql files stand for. Raises DataError, InputError.
+
+    `named` gives what DuckDB opens as a file of the index of a number; `con` sees them as `url` has them, and
+    is needed for several indexes.
+    """
+    with reading(_uris(found)):
+        return _filled(found, named, con)
+
+
+def _filled(
+    found: Sequence[Contents], named: Callable[[int, str], str], con: duckdb.DuckDBPyConnection | None
+) -> dict[str, str]:
+    first = found[0]
+    fixed = first.identity["fixed"]
+    length, metadata = int(fixed["context.length"]), fixed["metadata"]
     schemas = {
         **SCHEMAS,
         "documents": documents_schema({column: metadata_type(kind) for column, kind in metadata.items()}),
     }
-    ordinals = dict.fromkeys(("document_features", "by_document", *KEYED), f"document // {LOCAL_MAX}")
-    ordinals["activations"] = f"token // {fixed['context.length'] * LOCAL_MAX}"
+    keys = _keys(found, schemas, con)
     relations = {
-        kind: without(
-            parquet([store.url(file.path) for file in found.files(kind)], schemas[kind]),
-            ordinals.get(kind, ""),
-            found.hidden.tolist() if kind in ordinals else (),
-        )
-        for kind in KINDS
+        kind: _rows(kind, found[:1] if kind in KEYED else found, schemas[kind], keys, named) for kind in KINDS
     }
+    saes = [(sae, each.identity) for each in found for sae in each.identity["saes"]]
     return relations | {
-        "units": table(places(found.live), {"first": "BIGINT", "stop": "BIGINT", "place": "BIGINT"}),
-        "declared_saes": table([_sae_row(sae, found.identity) for sae in saes], _SAE_COLUMNS),
+        "units": table(places(first.live), {"first": "BIGINT", "stop": "BIGINT", "place": "BIGINT"}),
+        "declared_saes": table([_sae_row(*each) for each in saes], _SAE_COLUMNS),
         "duplicates": table(
-            [list(pair) for pair in found.identity["duplicates"].items()],
+            [list(pair) for each in found for pair in each.identity["duplicates"].items()],
             {"sae": "VARCHAR", "same_as": "VARCHAR"},
         ),
-        "runs": table(_run_rows(found), _RUN_COLUMNS),
-        "vocabulary": parquet([store.url(VOCABULARY)] if found.plans else [], VOCABULARY_SCHEMA),
+        "runs": table([row for each in found for row in _run_rows(each)], _RUN_COLUMNS),
+        "vocabulary": parquet([named(0, VOCABULARY)] if first.plans else [], VOCABULARY_SCHEMA),
         "metadata": "".join(f", {name(column)}" for column in metadata_columns(metadata).values()),
-        "length": literal(int(fixed["context.length"])),
+        "length": literal(length),
         "window": str(WINDOW),
-        "seeds": table([(sae["id"], sample_seed(sae["id"])) for sae in saes], _SEED_COLUMNS),
+        "seeds": table([(sae["id"], sample_seed(sae["id"])) for sae, _ in saes], _SEED_COLUMNS),
         "local_max": str(LOCAL_MAX),
         "sample_bits": str(SAMPLE_BITS),
-        "top_k": literal(int(fixed["top_k"])),
-        "sample_k": literal(int(fixed["sample_k"])),
-        "not_kept_tokens": texts(sae["id"] for sae in saes if sae["keep"] != "tokens"),
-        "not_kept_documents": texts(sae["id"] for sae in saes if sae["keep"] == "none"),
+        "top_k": _setting("top_k", found),
+        "sample_k": _setting("sample_k", found),
+        "not_kept_tokens": texts(sae["id"] for sae, _ in saes if sae["keep"] != "tokens"),
+        "not_kept_documents": texts(sae["id"] for sae, _ in saes if sae["keep"] == "none"),
     }
+
+
+def _rows(
+    kind: str,
+    found: Sequence[Contents],
+    schema: pa.Schema,
+    keys: Sequence[Keys | None],
+    named: Callable[[int, str], str],
+    at: int = 0,
+) -> str:
+    """The rows of a kind in some indexes, less those of dropped units, in keys of the first index.
+
+    `at` is the number of the first of `found`.
+    """
+    column, plain, relations = _KEY.get(kind, ""), [], []
+    for number, (each, key) in enumerate(zip(found, keys, strict=False), at):
+        files = [named(number, file.path) for file in each.files(kind)]
+        hidden = each.hidden.tolist() if kind in (*ROWS, *KEYED) else []
+        scale = int(each.identity["fixed"]["context.length"]) if column == "token" else 1
+        if not files:
+            continue
+        if not hidden and not (key and column):
+            plain += files
+            continue
+        relation = without(parquet(files, schema), f"{column} // {scale * LOCAL_MAX}", hidden)
+        relations.append(key.moved(relation, column, scale) if key and column else relation)
+    if plain or not relations:
+        relations.append(parquet(plain, schema))
+    if len(relations) == 1:
+        return relations[0]
+    return f"({' UNION ALL BY NAME '.join(f'SELECT * FROM {relation}' for relation in relations)})"
+
+
+def _keys(
+    found: Sequence[Contents], schemas: dict[str, pa.Schema], con: duckdb.DuckDBPyConnection | None
+) -> list[Keys | None]:
+    """For each index how its keys become the first one's; None where they are the same."""
+    first, *others = found
+    if not others:
+        return [None]
+    assert con is not None
+    agree(found)
+    keys: list[Keys | None] = [None]
+    for number, other in enumerate(others, 1):
+        if same_keys(first, other):
+            keys.append(None)
+            continue
+        tables = [
+            _rows(kind, [each], schemas[kind], [None], url, at)
+            for at, each in ((0, first), (number, other))
+            for kind in ("documents", "contexts")
+        ]
+        keys.append(match(con, first, other, tables))
+    return keys
+
+
+def _setting(name: str, found: Sequence[Contents]) -> str:
+    """A number that the indexes fix, as SQL: by `sae` where they differ in it."""
+    wanted = {number: int(each.identity["fixed"][name]) for number, each in enumerate(found)}
+    if len(set(wanted.values())) == 1:
+        return literal(wanted[0])
+    cases = " ".join(
+        f"WHEN list_contains({texts(sae['id'] for sae in found[number].identity['saes'])}, sae) THEN {value}"
+        for number, value in wanted.items()
+    )
+    return f"CASE {cases} END"
 
 
 def _sae_row(sae: dict[str, Any], identity: dict[str, Any]) -> list[Any]:
@@ -201,6 +350,7 @@ def _run_rows(found: Contents) -> list[list[Any]]:
             "documents": pc.sum(done["documents"], min_count=0).as_py(),
             "tokens": tokens,
             "tokens_per_second": tokens / busy if busy else None,
+            "index": found.store.uri,
         }
         rows.append([values[column] for column in _RUN_COLUMNS])
     return rows

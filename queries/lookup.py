@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from sae_runtime.errors import DataError, InputError, one_line
+from sae_runtime.errors import CorpuscopeError, DataError, InputError, one_line
 
 FEATURE_COLUMNS = (
     "feature", "n_tokens", "n_contexts", "n_documents", "density", "mean_active", "std_active", "max",
@@ -75,8 +76,38 @@ def select(
         if len(found) != 1:
             raise InputError(f"sql: one statement is wanted, {len(found)} were given")
         _check_reading(found[0])
-        con.execute("SET python_enable_replacements = false")  # or an unknown table is looked for in Python
         return con.execute(found[0], values or None)
+
+
+@contextlib.contextmanager
+def time_limit(con: duckdb.DuckDBPyConnection, seconds: float | None) -> Iterator[None]:
+    """Stop what runs on the connection after so many seconds: asking and fetching. Raises CorpuscopeError.
+
+    None sets no limit.
+    """
+    if seconds is None:
+        yield
+        return
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        while not done.wait(0.1):  # an interrupt between two fetches is lost
+            con.interrupt()
+
+    done = threading.Event()
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (InputError, DataError, duckdb.InterruptException) as error:
+        if not late.is_set():
+            raise
+        raise CorpuscopeError(f"stopped after {seconds:g} s, its time limit") from error
+    finally:
+        done.set()
+        timer.cancel()
 
 
 def _check_reading(statement: duckdb.Statement) -> None:

@@ -26,7 +26,7 @@ from pipelines.contents import Contents, contents
 from pipelines.findings import Fault, Findings
 from pipelines.schema import sample_seed
 from pipelines.storage import Store
-from queries.connect import fill, opened, resolved
+from queries.connect import fill, opened, resolved, values
 from queries.relations import literal, texts
 from sae_runtime.errors import CorpuscopeError, DataError, one_line
 
@@ -63,9 +63,9 @@ def verify(
     if quick or not findings.whole:
         return findings
     for attempt in range(_TRIES):
-        found, filled = resolved(store)
+        found = resolved(store)
         try:
-            compared = _compared(found, filled, told, memory)
+            compared = _compared(found, told, memory)
         except (DataError, *_DAMAGE) as error:
             moved = contents(store).snapshot.number != found.snapshot.number
             if moved and attempt + 1 < _TRIES:  # a file that was merged and collected meanwhile
@@ -80,13 +80,12 @@ def verify(
     return findings
 
 
-def _compared(found: Contents, filled: dict[str, str], told: Callable[[str], None], memory: str) -> Findings:
+def _compared(found: Contents, told: Callable[[str], None], memory: str) -> Findings:
     findings = Findings()
-    filled = filled | _settings(found)
+    filled = values(found) | _settings(found)
     with tempfile.TemporaryDirectory(prefix="corpuscope-") as folder:
-        con = opened(found, filled, memory_limit=memory, temp_directory=folder)
+        con = opened([found], memory_limit=memory, temp_directory=folder, preserve_insertion_order=False)
         try:
-            con.execute("SET preserve_insertion_order = false; SET parquet_metadata_cache = true")
             _add_functions(con)
             con.register(
                 "_facts", found.facts.filter(pc.is_in(found.facts["ordinal"], pa.array(found.shown)))

@@ -38,8 +38,14 @@ class Interrupted(CorpuscopeError):
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The first non-empty line of an exception's text, cut to `limit` characters."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    """The first non-empty line of an exception's text, cut to `limit` characters.
+
+    Of a text that is a traceback (DuckDB has one for errors in our files) its last line.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = lines[0]
+    if text.startswith("Traceback (most recent call last)"):
+        text = lines[-1].split(": ", 1)[-1]
     text = text or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

@@ -121,7 +121,7 @@ def views_over(store: Store, parts: Sequence[Part], views: Sequence[str]) -> dic
     found = contents(store)
     metadata = {name: metadata_type(of) for name, of in found.identity["fixed"]["metadata"].items()}
     schemas = {**SCHEMAS, "documents": documents_schema(metadata)}
-    values = _values(found)
+    values = _values([found], lambda index, name: store.url(name), None)
     for kind in KINDS:
         files = [store.url(name) for part in parts for name in part.files.get(kind, ())]
         values[kind] = parquet(files, schemas[kind])

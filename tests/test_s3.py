@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from click.testing import CliRunner
 
+from pipelines import compaction
+from pipelines.contents import contents
 from pipelines.retries import Patience
 from pipelines.storage import Store
 from sae_runtime.errors import CorpuscopeError, InputError
@@ -125,8 +129,58 @@ def test_it_is_read_without_duckdb_extensions_for_http(s3_index: str) -> None:
 
     con = queries.connect(s3_index)
     assert con.sql("SELECT count(*) > 0 FROM activations").fetchall() == [(True,)]
-    query = "SELECT count(*) FROM duckdb_extensions() WHERE extension_name IN ('httpfs', 'aws') AND loaded"
-    assert con.sql(query).fetchall() == [(0,)]
+    settings = "SELECT count(*) FROM duckdb_settings() WHERE name LIKE 's3\\_%' ESCAPE '\\'"
+    assert con.sql(settings).fetchall() == [(0,)]  # those that httpfs brings
+
+
+def test_a_feature_reads_only_its_row_groups(
+    s3: Any, tiny_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes asked of S3 for one feature's activations: the footers, and the columns of row groups with it."""
+    import queries
+    import queries.files
+
+    for module in ("pipelines.merge_rows.ROWS_PER_GROUP", "pipelines.merge_rows._DOCUMENT_ROWS"):
+        monkeypatch.setattr(module, 256)
+    monkeypatch.setattr("queries.files.SMALL", 0)
+    local = tmp_path / "index"
+    shutil.copytree(tiny_index, local)
+    compaction.compact(Store(str(local)))
+    s3.put(f"{local}/", f"{BUCKET}/ranges/", recursive=True)
+    asked: dict[str, int] = {}
+    read = Store.read_range
+
+    def counted(self: Store, name: str, start: int, stop: int) -> bytes:
+        kind = name.split("/")[1]
+        asked[kind] = asked.get(kind, 0) + stop - start
+        return read(self, name, start, stop)
+
+    con = queries.connect(f"s3://{BUCKET}/ranges")
+    monkeypatch.setattr(Store, "read_range", counted)
+    sae, feature = con.execute(
+        "SELECT sae, feature FROM features WHERE n_tokens BETWEEN 50 AND 300 ORDER BY n_tokens LIMIT 1"
+    ).fetchall()[0]
+    asked.clear()
+    found = con.execute(
+        "SELECT sum(activation), count(*) FROM activations WHERE sae = $1 AND feature = $2", [sae, feature]
+    ).fetchall()
+    assert found[0][1] >= 50
+    (record,) = contents(Store(str(local))).files("activations")
+    file = local / record.path
+    metadata = pq.ParquetFile(file).metadata
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    wanted = [
+        group
+        for group in groups
+        if group.column(0).statistics.min == sae
+        and group.column(1).statistics.min <= feature <= group.column(1).statistics.max
+    ]
+    assert 0 < len(wanted) < len(groups) / 20
+    columns = sum(group.column(i).total_compressed_size for group in wanted for i in range(4))
+    footer = metadata.serialized_size + 8
+    assert set(asked) == {"activations"}
+    assert asked["activations"] <= columns + 2 * (footer + 2 * 8) + 4096 * 5 * len(wanted)
+    assert asked["activations"] < file.stat().st_size / 3
 
 
 def test_again_is_a_no_op(
@@ -255,13 +309,13 @@ def test_an_s3fs_that_would_overwrite_is_refused(s3: Any, monkeypatch: pytest.Mo
 
 def test_threads_share_a_file(s3: Any) -> None:
     """As DuckDB does; every read is of the place that its own thread sought."""
-    from queries.remote import SMALL, RemoteFiles
+    from queries.files import SMALL, IndexFiles, url
 
     data = random.Random(0).randbytes(3 * SMALL)
     store = Store(f"s3://{BUCKET}/shared")
     for name, size in (("large", 3 * SMALL), ("small", SMALL)):
         store.write(name, data[:size])
-        with RemoteFiles(store).open(store.url(name)) as stream:
+        with IndexFiles([store], {}).open(url(0, name)) as stream:
 
             def read(seed: int, stream: Any = stream, size: int = size) -> bool:
                 rng = random.Random(seed)
