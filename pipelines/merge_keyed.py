@@ -26,7 +26,8 @@ from pipelines.merge_runs import Budget, Run, windows
 from pipelines.schema import KEYED, LOCAL_BITS
 from pipelines.storage import Store
 
-_ROWS, _BYTES = 1 << 17, 16 << 20  # of a row group, whichever comes first; bytes as in memory
+# Of a row group, whichever comes first; bytes as in memory. Contexts and documents are looked up 20 at a time.
+_ROWS, _BYTES = 1 << 14, 1 << 20
 _BUDGET = Budget(1 << 10, 1 << 10)
 
 
