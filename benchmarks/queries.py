@@ -25,7 +25,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -40,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import click
 import numpy as np
+import pyarrow as pa
 
 from pipelines.schema import LOCAL_MAX
 
@@ -81,11 +81,32 @@ def ask_group_by(con: Any, subject: int) -> Any:
 
 
 def ask_by_document(con: Any, subject: int) -> Any:
-    """Documents in order: those of the feature lie in few of its row groups, where it is rare."""
+    """Rows in order of documents: those of a rare feature's lie in few row groups.
+
+    Of a feature that is in most documents the others are counted, and taken from what each feature has.
+    """
+    own = "SELECT document FROM document_features WHERE sae = $1 AND feature = $2"
+    one = "SELECT n_documents, (SELECT count(*) FROM documents) FROM features WHERE sae = $1 AND feature = $2"
+    values = [_sae(con), subject]
+    [(fired, documents)] = con.execute(one, values).fetchall()
+    if 2 * fired <= documents:
+        return con.execute(
+            f"SELECT feature, count(*) FROM _by_document WHERE sae = $1 AND document IN ({own}) "
+            "GROUP BY feature",
+            values,
+        ).fetchall()
     return con.execute(
-        "SELECT sae, feature, count(*) FROM _by_document WHERE document IN "
-        "(SELECT document FROM document_features WHERE sae = $1 AND feature = $2) GROUP BY ALL",
-        [_sae(con), subject],
+        f"""
+        WITH others AS (
+            SELECT feature, count(*) AS n FROM _by_document
+            WHERE sae = $1 AND document IN (SELECT document FROM documents WHERE document NOT IN ({own}))
+            GROUP BY feature
+        )
+        SELECT f.feature, f.n_documents - coalesce(o.n, 0)
+        FROM features AS f LEFT JOIN others AS o ON o.feature = f.feature
+        WHERE f.sae = $1 AND f.n_documents > coalesce(o.n, 0)
+        """,
+        values,
     ).fetchall()
 
 
@@ -93,8 +114,8 @@ def ask_by_token(con: Any, subject: int) -> Any:
     """Joined by one number: of two, DuckDB makes neither a range nor a Bloom filter."""
     key = f"context * {LENGTH} + position"
     return con.execute(
-        f"SELECT sae, feature, count(*) FROM activations WHERE {key} IN "
-        f"(SELECT {key} FROM activations WHERE sae = $1 AND feature = $2) GROUP BY ALL",
+        f"SELECT feature, count(*) FROM activations WHERE sae = $1 AND {key} IN "
+        f"(SELECT {key} FROM activations WHERE sae = $1 AND feature = $2) GROUP BY feature",
         [_sae(con), subject],
     ).fetchall()
 
@@ -151,6 +172,7 @@ def ask(index: str, question: str, numbers: Sequence[int]) -> Found:
     import queries
     from queries import lookup  # noqa: F401  imported before anything is timed
 
+    pa.array([0])  # imports pandas, where there is one
     answer = QUESTIONS[question]
     files = [str(path) for path in Path(index).rglob("*") if path.is_file()]
     cold = [_forked(lambda n=n: _cold(index, answer, n, files)) for n in numbers[:COLD]]  # type: ignore[misc]
@@ -214,7 +236,9 @@ def _forked(work: Callable[[], list[float]]) -> list[float]:
 
 
 def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Of this process; `ru_maxrss` would begin with its parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def _child(*arguments: str) -> Found:

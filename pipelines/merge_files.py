@@ -178,9 +178,7 @@ class Output:
         writer.close()
         stream.close()
         self._open = None
-        self.records.append(
-            DataFileRecord(self._name, self._rows, stream.bytes, stream.digest, self._spans)
-        )
+        self.records.append(DataFileRecord(self._name, self._rows, stream.bytes, stream.digest, self._spans))
         crash("merge-file")
 
 
