@@ -589,7 +589,23 @@ def _footer(
         findings.broken(record.path, "columns", f"has {', '.join(file.schema_arrow.names)}")
         return None
     findings.expect(rows == record.rows, record.path, "rows", f"{rows:,} where {record.rows:,} were written")
+    if record.spans is not None:
+        findings.names.add("spans")
+        findings.expect(_spans(file) == record.spans, record.path, "spans", "are not those of its row groups")
     return file
+
+
+def _spans(file: pq.ParquetFile) -> dict[str, tuple[int, int]]:
+    """SAE -> its lowest and highest feature, as the footer has them."""
+    names = file.schema_arrow.names
+    found: dict[str, tuple[int, int]] = {}
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        sae, feature = (group.column(names.index(name)).statistics for name in ("sae", "feature"))
+        if sae is not None and feature is not None and sae.has_min_max and feature.has_min_max:
+            lowest, highest = found.get(sae.min, (feature.min, feature.max))
+            found[sae.min] = min(lowest, feature.min), max(highest, feature.max)
+    return found
 
 
 def _rows(
@@ -658,6 +674,9 @@ def _check_record(record: DataFileRecord) -> None:
     texts, numbers = (record.path, record.digest), (record.rows, record.bytes)
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(n, int) for n in numbers):
         raise TypeError("a file's record")
+    for sae, span in (record.spans or {}).items():
+        if not (isinstance(sae, str) and all(isinstance(number, int) for number in span)):
+            raise TypeError("a file's record")
 
 
 def _same_columns(found: pa.Schema, wanted: pa.Schema) -> bool:

@@ -20,7 +20,7 @@ import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -328,11 +328,11 @@ def _replaced(found: Contents, job: RunJob) -> tuple[str, ...]:
 
 
 def _merge_run(found: Contents, job: RunJob, run: Perform) -> Run:
-    store, rule = found.store, _rule(found, 0, 0)  # ties are between summaries alone
+    store, commits = found.store, found.commits_of(job.units)
     parts = sorted(
         [
             *(_part(r.units, r.files) for r in job.runs),
-            *_own_parts(found.commits_of(job.units)),
+            *_own_parts(commits),
         ],
         key=lambda part: part.ordinals,
     )
@@ -341,7 +341,12 @@ def _merge_run(found: Contents, job: RunJob, run: Perform) -> Run:
     omit = frozenset(retired.tolist())
     stem = f"run-{job.level:02d}-{inside[0]:09d}-{uuid.uuid4().hex[:8]}"
     rows = sum(_rows(r.files.get("activations", ())) for r in job.runs)
-    rows += sum(c.files["activations"].rows for c in found.commits_of(job.units) if "activations" in c.files)
+    rows += _own_rows(commits, "activations")
+    size = sum(r.bytes for piece in job.runs for r in piece.files.get("activations", ()))
+    size += sum(c.files["activations"].bytes for c in commits if "activations" in c.files)
+    # Ties are between summaries alone, so the rule needs no places. A question about one feature is asked of
+    # the files that may have it: of a run that fills a few files these would be a large share.
+    rule = replace(_rule(found, 0, 0), target_bytes=min(FILE_BYTES, max(FILE_BYTES // 4, size // 16)))
     tasks = [
         Task(store.uri, "keyed", tuple(parts), (), rule, stem, omit),
         *(
@@ -351,7 +356,7 @@ def _merge_run(found: Contents, job: RunJob, run: Perform) -> Run:
     ]
     files = _collect(run(tasks))
     crash("compact-files")
-    facts = [_facts(store, r) for r in job.runs] + [facts_of(found.commits_of(job.units))]
+    facts = [_facts(store, r) for r in job.runs] + [facts_of(commits)]
     files[UNITS] = (_write_facts(store, stem, pa.concat_tables(facts).sort_by("ordinal")),)
     gone = np.concatenate([retired, *(unpack(r.gone) for r in job.runs)])
     made = Run(

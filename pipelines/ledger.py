@@ -32,6 +32,21 @@ class DataFileRecord:
     rows: int
     bytes: int
     digest: str  # blake2b-128, hex
+    # Of merged files sorted by feature: SAE -> its lowest and highest feature there.
+    spans: dict[str, tuple[int, int]] | None = None
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> DataFileRecord:
+        """What `json` makes of one. TypeError or ValueError if it is none."""
+        spans = data.get("spans")
+        if spans is not None:
+            spans = {sae: (first, last) for sae, (first, last) in spans.items()}
+        return cls(**{**data, "spans": spans})
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """Its fields, `spans` where it has them."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +151,8 @@ class Ledger:
 
     def commit(self, commit: Commit) -> bool:
         """Publish a unit's group. False when another attempt was first: its files stay the truth."""
-        data = dump(asdict(commit))
+        files = {kind: record.json for kind, record in commit.files.items()}
+        data = dump({**asdict(commit), "files": files})
         try:
             return self.store.put_if_absent(commit.name, data)
         except (ConnectionError, TimeoutError):  # the commit may be made, and the work need not be done again
@@ -146,7 +162,7 @@ class Ledger:
 
 
 def _commit(data: dict[str, Any]) -> Commit:
-    files = {kind: DataFileRecord(**record) for kind, record in data.pop("files").items()}
+    files = {kind: DataFileRecord.of(record) for kind, record in data.pop("files").items()}
     for kind, file in files.items():
         inside(file.path, kind)
     return Commit(files=files, poison=tuple(data.pop("poison")), **data)

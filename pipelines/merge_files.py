@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipelines.faults import crash
 from pipelines.ledger import DataFileRecord
-from pipelines.schema import DATA, SCHEMAS, documents_schema, metadata_type
+from pipelines.schema import BY_FEATURE, DATA, SCHEMAS, documents_schema, metadata_type
 from pipelines.storage import DataFile, Store
 from pipelines.writer import parquet_options
 from sae_runtime.errors import DataError, one_line
@@ -133,6 +133,7 @@ class Output:
         self._target = rule.target_bytes
         self._open: tuple[DataFile, pq.ParquetWriter] | None = None
         self._rows = 0
+        self._spans: dict[str, tuple[int, int]] | None = None
         self.records: list[DataFileRecord] = []
 
     def __enter__(self) -> Output:
@@ -155,10 +156,14 @@ class Output:
             stream = self._store.create(self._name)
             options = parquet_options(self._kind, self.schema)
             self._open = stream, pq.ParquetWriter(stream, self.schema, **options)
-            self._rows = 0
+            self._rows, self._spans = 0, {} if self._kind in BY_FEATURE else None
         stream, writer = self._open
         writer.write_table(table, row_group_size=table.num_rows)
         self._rows += table.num_rows
+        if self._spans is not None:
+            sae, first, last = (table["sae"][0], table["feature"][0], table["feature"][-1])
+            lowest, _ = self._spans.get(sae.as_py(), (first.as_py(), 0))
+            self._spans[sae.as_py()] = lowest, last.as_py()
         if stream.bytes >= self._target * (1 if boundary else 2):
             self._finish()
 
@@ -173,7 +178,7 @@ class Output:
         writer.close()
         stream.close()
         self._open = None
-        self.records.append(DataFileRecord(self._name, self._rows, stream.bytes, stream.digest))
+        self.records.append(DataFileRecord(self._name, self._rows, stream.bytes, stream.digest, self._spans))
         crash("merge-file")
 
 

@@ -30,7 +30,7 @@ from pipelines.writer import sae_column
 from sae_runtime.errors import DataError
 
 _BUDGET = Budget(1 << 17, 1 << 8)  # a row with its window takes some 700 bytes
-_ROWS = 1 << 14  # of a row group: some 800 features' top contexts
+_ROWS, _FEATURES = 1 << 13, 1 << 12  # of a row group: some 400 features' top contexts; features
 _SUM_LIMIT = 2.0**62  # a sum of a component beyond it stays in rows of their own
 _WORD = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -84,7 +84,7 @@ def _by_feature(
             inputs = own if unhashed else merged
             groups = row_groups(inputs, part, "sampled_contexts" if unhashed else kind, "sae", "feature")
             found.append((inputs, groups, unhashed))
-        cutter = Cutter(output, _ROWS)
+        cutter = Cutter(output, _FEATURES if kind == "features" else _ROWS)
         for sae in saes:
             runs = [
                 Run.of(inputs, run, "feature", _prepare(inner, sae, places if unhashed else None))

@@ -234,7 +234,8 @@ def _plan(store: Store, name: str, head: dict[str, Any]) -> Plan:
 
 
 def _rows(store: Store, name: str, schema: pa.Schema) -> Iterable[tuple[Any, ...]]:
-    table = pq.read_table(io.BytesIO(store.read(name)), columns=schema.names)
+    # `read_table` would import pyarrow.dataset, and with it pandas: 0.3 s of opening an index.
+    table = pq.ParquetFile(pa.BufferReader(store.read(name))).read(schema.names)
     return zip(*(column.to_pylist() for column in table.columns), strict=True)
 
 

@@ -159,6 +159,8 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 KINDS = ("documents", *SCHEMAS)
 ROWS = ("activations", "document_features", "by_document")  # of SAEs, merged over many units
+# Sorted by SAE and feature in merged files, of which each row group has one SAE.
+BY_FEATURE = ("activations", "document_features", "features", "top_contexts", "sampled_merged")
 KEYED = ("documents", "segments", "contexts", "quarantine")  # in order of their keys
 # Of a unit in a run, whose summaries stay, and so its contexts, from whose place samples are drawn.
 REPLACED = ("activations", "document_features", "documents", "segments", "quarantine")

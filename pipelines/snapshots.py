@@ -157,7 +157,8 @@ def _node(name: str, data: dict[str, Any]) -> Node:
 
 def _files(data: dict[str, Any]) -> Files:
     files = {
-        kind: tuple(DataFileRecord(**record) for record in records) for kind, records in data["files"].items()
+        kind: tuple(DataFileRecord.of(record) for record in records)
+        for kind, records in data["files"].items()
     }
     for kind, merged in files.items():
         for record in merged:
@@ -166,12 +167,7 @@ def _files(data: dict[str, Any]) -> Files:
 
 
 def _named(files: Files) -> dict[str, Any]:
-    return {
-        "files": {
-            kind: [{"path": r.path, "rows": r.rows, "bytes": r.bytes, "digest": r.digest} for r in records]
-            for kind, records in files.items()
-        }
-    }
+    return {"files": {kind: [record.json for record in records] for kind, records in files.items()}}
 
 
 def _ranges(data: Sequence[Sequence[int]]) -> Ranges:

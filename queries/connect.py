@@ -43,6 +43,7 @@ from pipelines.schema import (
 )
 from pipelines.storage import Store
 from queries.files import SCHEME, IndexFiles, url
+from queries.pruning import remember
 from queries.relations import literal, name, parquet, table, text, texts, without
 from queries.several import Keys, agree, match, same_keys
 from sae_runtime.errors import DataError, InputError, one_line
@@ -84,7 +85,6 @@ _FREE = [
 ]  # fmt: skip
 # Set last: `enable_external_access` alone would let no file of an index be opened.
 _CLOSED = {
-    "parquet_metadata_cache": "true",  # files of ours never change
     "allowed_directories": texts([f"{SCHEME}://"]),
     "enable_external_access": "false",
     "allowed_configs": texts(_FREE),
@@ -138,6 +138,7 @@ def opened(found: Sequence[Contents], **settings: Any) -> duckdb.DuckDBPyConnect
     """The same for indexes that are resolved already. Raises DataError, InputError."""
     con = _session(found, settings)
     try:
+        con.execute("SET parquet_metadata_cache = true")  # files of ours never change
         for statement in _script(_values(found, url, con)):
             con.execute(statement)
         for name, value in _CLOSED.items():
@@ -148,6 +149,7 @@ def opened(found: Sequence[Contents], **settings: Any) -> duckdb.DuckDBPyConnect
     except InputError:
         con.close()
         raise
+    remember(con, found)
     return con
 
 

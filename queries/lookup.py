@@ -12,10 +12,14 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
+from pipelines.schema import WINDOW
+from queries.pruning import Held, held
 from sae_runtime.errors import CorpuscopeError, DataError, InputError, one_line
 
 FEATURE_COLUMNS = (
@@ -220,21 +224,32 @@ def _marked(context: dict[str, Any], spelling: dict[int, bytes]) -> str:
 
 def feature(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> dict[str, Any]:
     """One feature: its statistics, and `contexts`: its k highest, with tokens around the maximum."""
-    width = _ask(con, "SELECT width FROM _declared_saes WHERE sae = $1", [sae])[0]["width"]
-    if not 0 <= number < width:
-        raise InputError(f"feature: {sae} has features 0 to {width - 1}, not {number}")
     columns = ", ".join((*FEATURE_COLUMNS, "histogram"))
-    found = _ask(con, f"SELECT sae, {columns} FROM features WHERE sae = $1 AND feature = $2", [sae, number])[
-        0
-    ]
-    found["contexts"] = _ask(
+    rows = _ask(con, f"SELECT sae, {columns} FROM features WHERE sae = $1 AND feature = $2", [sae, number])
+    if not rows:
+        width = _ask(con, "SELECT width FROM _declared_saes WHERE sae = $1", [sae])[0]["width"]
+        raise InputError(f"feature: {sae} has features 0 to {width - 1}, not {number}")
+    [found] = rows
+    found["contexts"] = _top(con, sae, number, k)
+    _spell(con, found["contexts"])
+    return found | _annotated(con, sae, number)
+
+
+def _top(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> list[dict[str, Any]]:
+    """A feature's k highest contexts as `top_contexts` has them, with their documents and tokens.
+
+    Where that would take windows from `activations`, they are from the files that may have the feature.
+    """
+    rows = held(con, sae)
+    table, window = ("top_contexts", "positions") if rows is None else ("_top_contexts", "offsets")
+    found = _ask(
         con,
-        """
+        f"""
         SELECT t.rank, t.activation, d.id, d.corpus, d.source, d.row, t.context, t.position,
-            t.positions, t.values,
+            t.{window} AS positions, t.values,
             greatest(t.position - $4, 0) AS first,
             c.tokens[greatest(t.position - $4, 0) + 1 : t.position + $4 + 1] AS tokens
-        FROM top_contexts AS t
+        FROM {table} AS t
         JOIN contexts AS c ON c.context = t.context
         JOIN documents AS d ON d.document = c.document
         WHERE t.sae = $1 AND t.feature = $2 AND t.rank <= $3
@@ -242,8 +257,20 @@ def feature(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> di
         """,
         [sae, number, k, _NEAR],
     )
-    _spell(con, found["contexts"])
-    return found | _annotated(con, sae, number)
+    if rows is None:
+        return found
+    wanted = [row["context"] for row in found if row["positions"] is None]
+    near: dict[int, list[tuple[int, float]]] = {context: [] for context in wanted}
+    for token, activation in _rows_of(con, rows, sae, number, wanted) if wanted else ():
+        near[token // rows.length].append((token % rows.length, activation))
+    for row in found:
+        at = row["position"]
+        if row["positions"] is not None:
+            row["positions"] = [at + offset for offset in row["positions"]]
+            continue
+        own = [(p, value) for p, value in near[row["context"]] if abs(p - at) <= WINDOW]
+        row["positions"], row["values"] = [p for p, _ in own], [value for _, value in own]
+    return found
 
 
 def _annotated(con: duckdb.DuckDBPyConnection, sae: str, number: int) -> dict[str, Any]:
@@ -281,10 +308,47 @@ def _annotated(con: duckdb.DuckDBPyConnection, sae: str, number: int) -> dict[st
     }
 
 
+def _rows_of(
+    con: duckdb.DuckDBPyConnection, rows: Held, sae: str, number: int, contexts: Sequence[int]
+) -> list[tuple[int, float]]:
+    """(token key, activation) of a feature's rows in some contexts, in order."""
+    found = _ask(
+        con,
+        """
+        SELECT token, activation FROM read_parquet($1)
+        WHERE sae = $2 AND feature = $3 AND token // $4 IN (SELECT unnest($5))
+        ORDER BY token
+        """,
+        [rows.of(sae, number), sae, number, rows.length, list(contexts)],
+    )
+    return [(row["token"], row["activation"]) for row in found]
+
+
 def _spelling(con: duckdb.DuckDBPyConnection, contexts: Sequence[dict[str, Any]]) -> dict[int, bytes]:
-    wanted = sorted({token for context in contexts for token in context["tokens"]})
-    found = _ask(con, "SELECT token, bytes FROM vocabulary WHERE list_contains($1, token)", [wanted])
-    return {row["token"]: row["bytes"] for row in found}
+    wanted = np.array(sorted({token for context in contexts for token in context["tokens"]}), np.int64)
+    known, spelt = _vocabulary(con)
+    places = np.searchsorted(known, wanted)
+    if not np.array_equal(known[np.minimum(places, len(known) - 1)], wanted):
+        raise DataError("index: damaged: contexts have tokens that the vocabulary has not")
+    return dict(zip(wanted.tolist(), spelt.take(pa.array(places)).to_pylist(), strict=True))
+
+
+# (tokens, their bytes) of connections that have spelt something: a few cost as much to read as all.
+_vocabularies: WeakKeyDictionary[duckdb.DuckDBPyConnection, tuple[np.ndarray, pa.ChunkedArray]] = (
+    WeakKeyDictionary()
+)
+
+
+def _vocabulary(con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, pa.ChunkedArray]:
+    """Every token, ascending, and its bytes."""
+    if con not in _vocabularies:
+        try:
+            result = con.execute("SELECT token, bytes FROM vocabulary ORDER BY token")
+        except duckdb.Error as error:
+            raise DataError(f"index: damaged: {one_line(error)}") from error
+        table = arrow_table(result)
+        _vocabularies[con] = table["token"].to_numpy(), table["bytes"]
+    return _vocabularies[con]
 
 
 def _spell(con: duckdb.DuckDBPyConnection, contexts: list[dict[str, Any]]) -> None:
