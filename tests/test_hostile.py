@@ -636,7 +636,7 @@ for line in sys.stdin:
 
 
 def measure(kind: str, files: list[Path]) -> list[tuple[str, str, str | None, float, float]]:
-    """(file, reader, error, MB that the peak grew by, processor seconds) of each, in a process of their own."""
+    """(file, reader, error, MB that the peak grew by, processor seconds), in a process of their own."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE], cwd=ROOT, text=True, capture_output=True, timeout=300,
         input="".join(json.dumps([kind, str(file)]) + "\n" for file in files),
