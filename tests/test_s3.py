@@ -100,7 +100,7 @@ def local_index(
 
 
 @pytest.fixture(scope="module")
-def orphans(s3: Any, s3_spec: Path) -> set[str]:
+def orphans(s3: Any, s3_spec: Path, local_index: Path) -> set[str]:
     """Data files of a scan that ended at the worst moment: a unit's data written, its commit not."""
     scan = [["scan", str(s3_spec), "--executor", "inline"]]
     crashed = fork(s3_spec.parent / "logs", scan, 32, "before-commit")
