@@ -283,10 +283,10 @@ def _copy(con: Any, folder: Path, features: range, below: int) -> int:
     import duckdb
     import pyarrow.parquet as pq
 
-    table = con.execute(
+    table = con.sql(
         "SELECT feature, context * $1 + position AS token, activation FROM activations "
         "WHERE feature >= $2 AND feature < $3 AND context < $4 ORDER BY feature, token",
-        [LENGTH, features.start, features.stop, below],
+        params=[LENGTH, features.start, features.stop, below],
     ).to_arrow_table()
     other = duckdb.connect(str(folder / "rows.duckdb"))
     other.register("_new", table)

@@ -48,7 +48,6 @@ from sae_runtime.summaries import Chunk, Summary, place_hash
 
 VERSION = 1  # of what is drawn: raise it with any change, and indexes are made anew
 SAE = "synthetic-res/layer_12/width_{width}"
-L0 = 80.0
 LENGTH = 256  # of a context
 DOCUMENT = 125  # counted tokens of one, on average; lognormal
 UNIT_TOKENS = 1 << 16  # as a CPU's units have
@@ -71,23 +70,25 @@ class Shape:
     rows: int  # of activations, about
     width: int
     units: int
+    l0: float = 80.0
     seed: int = 1
 
     @classmethod
-    def of(cls, rows: float, width: int = 16384, units: int = 0) -> Shape:
+    def of(cls, rows: float, width: int = 16384, units: int = 0, l0: float = 80.0) -> Shape:
         """`units` 0: as many as a scan on a CPU makes."""
-        tokens = max(int(rows / L0), DOCUMENT)
-        return cls(int(rows), width, min(units or -(-tokens // UNIT_TOKENS), -(-tokens // DOCUMENT)))
+        tokens = max(int(rows / l0), DOCUMENT)
+        return cls(int(rows), width, min(units or -(-tokens // UNIT_TOKENS), -(-tokens // DOCUMENT)), l0)
 
     @property
     def documents(self) -> int:
-        return max(self.units, round(self.rows / L0 / DOCUMENT))
+        return max(self.units, round(self.rows / self.l0 / DOCUMENT))
 
     @property
     def name(self) -> str:
         """A folder's name."""
         rows = f"{self.rows:.3g}".replace("e+0", "e")
-        return f"{rows}x{self.width}-{self.units}units-seed{self.seed}-v{VERSION}.{FORMAT}"
+        drawn = f"l0-{self.l0:g}-seed{self.seed}-v{VERSION}.{FORMAT}"
+        return f"{rows}x{self.width}-{self.units}units-{drawn}"
 
     @property
     def sae(self) -> SaeInfo:
@@ -102,7 +103,7 @@ class Shape:
             architecture="jumprelu",
             d_in=2304,
             width=self.width,
-            nominal_l0=L0,
+            nominal_l0=self.l0,
             trained_on=None,
             convention="drawn",
         )
@@ -216,12 +217,12 @@ def _vocabulary() -> pa.Table:
 
 
 def features(shape: Shape) -> Features:
-    """Shares and rates whose products are lognormal densities that add up to L0."""
+    """Shares and rates whose products are lognormal densities that add up to `l0`."""
     rng = np.random.default_rng((shape.seed, 0))
     density = np.exp(rng.normal(0, SPREAD, shape.width))
     density[rng.random(shape.width) < DEAD] = 0
     for _ in range(20):  # cutting the densest ones off takes from the sum
-        density = np.minimum(density * L0 / density.sum(), 0.3)
+        density = np.minimum(density * shape.l0 / density.sum(), 0.3)
     rate = np.maximum(density, np.minimum(0.9, 0.17 * density**0.45))
     share = np.divide(density, rate, out=np.zeros(shape.width), where=density > 0)
     size = np.exp(rng.normal(np.log(4), 0.6, shape.width)).astype(np.float32)
@@ -365,7 +366,8 @@ def _write_unit(uri: str, shape: Shape, ordinal: int) -> None:
 
 
 def _block(behave: Features, starts: np.ndarray, english: np.ndarray, seed: np.uint64) -> Sparse:
-    width, rows = len(behave.share), int(starts[-1] * L0 * 1.2) + 1024
+    width = len(behave.share)
+    rows = int(1.2 * starts[-1] * (behave.share * behave.rate).sum()) + 1024
     indptr = np.zeros(width + 1, np.int64)
     while True:
         token, code = np.empty(rows, np.int32), np.empty(rows, np.uint16)
