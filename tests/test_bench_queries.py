@@ -1,4 +1,4 @@
-"""`benchmarks/queries.py` at a tiny size; and what it has brought: files that say which features they hold."""
+"""`benchmarks/queries.py` at a tiny size; and what came of it: files that say which features they hold."""
 
 from __future__ import annotations
 
