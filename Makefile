@@ -55,7 +55,7 @@ $(BENCH): constraints-peers.txt $(READY)
 bench: $(BENCH)
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
-# An environment of its own: the peers' dependencies are none of ours.
+# An environment of its own: the peers' dependencies are none of ours. delphi's loader is read without its own.
 $(PEERS): constraints-peers.txt pyproject.toml
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --upgrade "pip>=25.1"
@@ -64,7 +64,7 @@ $(PEERS): constraints-peers.txt pyproject.toml
 		sae-lens eai-sparsify pytest pytest-timeout \
 		'llamascopium; python_version >= "3.11" and python_version < "3.13"'
 	.venv-peers/bin/python -m pip install --quiet -c constraints-peers.txt --no-deps \
-		circuit-tracer dictionary-learning
+		circuit-tracer dictionary-learning eai-delphi
 	touch $(PEERS)
 
 peers: $(PEERS)

@@ -19,7 +19,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from jobs.annotate import annotate
 from jobs.diff import diff
+from jobs.export import export
 from jobs.output import (
     ago,
     console,
@@ -34,6 +36,7 @@ from jobs.output import (
     show,
     uris,
 )
+from jobs.recipes import recipe, recipes
 from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interrupted, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
@@ -146,24 +149,24 @@ def status(index: str, format_: str) -> None:
     from pipelines.status import status as read_status
     from pipelines.words import human
 
-    found = read_status(index)
+    every = [read_status(uri) for uri in uris(index)]
     if format_ != "table":
-        row = asdict(found)
-        print_rows([row], format_, list(row))
+        print_rows(map(asdict, every), format_, list(asdict(every[0])))
         return
-    facts = {
-        "index": found.index,
-        "state": f"{found.state} ({found.scan})" if found.scan else found.state,
-        "runs": f"{found.runs:,}",
-        "SAEs": f"{found.saes:,}",
-        "units": f"{found.committed:,} of {found.units:,} committed, {found.running:,} running, "
-        f"{found.pending - found.running:,} waiting, {found.failed:,} failed",
-        "documents": f"{found.documents:,} indexed, {found.quarantined:,} quarantined",
-        "tokens": f"{found.tokens:,} counted",
-        "size": human(found.bytes),
-        "last commit": "none yet" if found.last_commit is None else f"{ago(found.last_commit)} ago",
-    }
-    print_facts([*facts.items(), *(("failed", error) for error in found.errors)])
+    for found in every:
+        facts = {
+            "index": found.index,
+            "state": f"{found.state} ({found.scan})" if found.scan else found.state,
+            "runs": f"{found.runs:,}",
+            "SAEs": f"{found.saes:,}",
+            "units": f"{found.committed:,} of {found.units:,} committed, {found.running:,} running, "
+            f"{found.pending - found.running:,} waiting, {found.failed:,} failed",
+            "documents": f"{found.documents:,} indexed, {found.quarantined:,} quarantined",
+            "tokens": f"{found.tokens:,} counted",
+            "size": human(found.bytes),
+            "last commit": "none yet" if found.last_commit is None else f"{ago(found.last_commit)} ago",
+        }
+        print_facts([*facts.items(), *(("failed", error) for error in found.errors)])
 
 
 @cli.command()
@@ -410,7 +413,11 @@ def gc(index: str, grace: float, unfinished: float, format_: str) -> None:
         )
 
 
+cli.add_command(annotate)
+cli.add_command(recipes)
+cli.add_command(recipe)
 cli.add_command(diff)
+cli.add_command(export)
 
 
 def _write_parquet(result: Any, output: str) -> None:

@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines import annotation_records
+from pipelines.annotation_records import Annotated
 from pipelines.audit_registry import audited_plans, may_be_partial
 from pipelines.audit_rows import CHECKS, Piece, RowChecks, Rule
 from pipelines.contents import contents, facts_of
@@ -32,6 +34,7 @@ from pipelines.registry import Plan, Unit, live_units
 from pipelines.schema import (
     COMMITS,
     DATA,
+    FACTS,
     INDEX,
     KEYED,
     PLANS,
@@ -120,6 +123,7 @@ def audit(store: Store, told: Told = lambda words: None, quick: bool = False) ->
     facts = _commits(state, index)
     _runs(state, index, runs, facts)
     _check_nodes(state, index, snapshot, nodes)
+    _annotations(state, index)
     _look_again(state)
     live = {unit.ordinal for unit in live_units(plans)}
     findings.units = len(live)
@@ -188,7 +192,7 @@ def _declared(state: _State, identity: dict[str, Any], plans: Sequence[Plan], to
     return _Index(
         rule=rule,
         groups=groups,
-        schemas={**SCHEMAS, "documents": documents_schema(types), UNITS: UNIT_FACTS},
+        schemas={**SCHEMAS, **FACTS, "documents": documents_schema(types), UNITS: UNIT_FACTS},
         units={unit.ordinal: unit for plan in plans for unit in plan.units},
         runs_of=runs_of,
         partial=partial,
@@ -455,6 +459,55 @@ def _check_nodes(state: _State, index: _Index, snapshot: Snapshot, nodes: Sequen
                 _files(state, index, _Owner(node.name), piece, kind, records)
 
 
+# --- annotations
+
+
+def _annotations(state: _State, index: _Index) -> None:
+    """Check the files of annotations that hold, and that they are of features that there are."""
+    state.told("annotations")
+    try:
+        record = annotation_records.newest(state.store)
+        for each in record.files:
+            _check_record(each.file)
+    except _DAMAGE as error:
+        state.findings.broken("annotations", "annotations are readable", _why(error))
+        return
+    if record.number < 0:
+        return
+    name = annotation_records.record_name(record.number)
+    state.findings.files += 1
+    strange = sorted({sae for each in record.files for sae, _ in each.keys} - set(index.rule.widths))
+    state.findings.expect(
+        not strange, name, "annotations are readable", f"is of {', '.join(strange[:3])}, which there is not"
+    )
+    piece = Piece(np.empty(0), frozenset(), True)
+    for each in record.files:
+        readable = _files(state, index, _Owner(name), piece, each.kind, [each.file])
+        if readable and not state.quick:
+            _annotated_rows(state, index, each)
+
+
+def _annotated_rows(state: _State, index: _Index, each: Annotated) -> None:
+    """Check that rows of one file are of features that there are, and that all that hold are there."""
+    path, check = each.file.path, f"{each.kind}: rows"
+    names = ["sae", "source"] if each.kind == "explanations" else ["sae"]
+    number = {"feature_tokens": "logit", "feature_neighbours": "cosine", "feature_decoders": "norm"}
+    found: set[tuple[str, str]] = set()
+    with state.store.open(path) as stream:
+        for batch in pq.ParquetFile(stream).iter_batches(_ROWS, use_threads=False):
+            table = pa.Table.from_batches([batch])
+            for row in table.group_by(names).aggregate([("feature", "min"), ("feature", "max")]).to_pylist():
+                sae = row["sae"]
+                found.add((sae, row.get("source", "")))
+                inside = row["feature_min"] >= 0 and row["feature_max"] < index.rule.widths.get(sae, 0)
+                state.findings.expect(inside, path, check, f"a feature that {sae} does not have")
+            if each.kind in number:
+                finite = pc.all(pc.is_finite(table[number[each.kind]])).as_py()
+                state.findings.expect(bool(finite), path, check, f"{number[each.kind]} is not finite")
+    lost = sorted(set(each.keys) - found)
+    state.findings.expect(not lost, path, check, f"no rows of {lost[:1]}, whose rows it is to have")
+
+
 # --- data files
 
 
@@ -462,7 +515,7 @@ def _files(
     state: _State, index: _Index, owner: _Owner, piece: Piece, kind: str, records: Iterable[DataFileRecord]
 ) -> bool:
     """Check the files of a kind of one piece; whether they can be read."""
-    checks = RowChecks(index.rule, piece, kind) if kind in index.schemas and kind != UNITS else None
+    checks = RowChecks(index.rule, piece, kind) if kind in SCHEMAS or kind == "documents" else None
     group = 0
     good = True
     for record in records:
@@ -597,7 +650,9 @@ def _look_again(state: _State) -> None:
     named = nodes | set(now.snapshot.runs)
     covered, retired = set(now.covered.tolist()), set(now.registered.retired.tolist())
     for owner, kind, path in state.missing:
-        if owner.ordinal < 0:
+        if kind in FACTS:
+            needed = path in now.annotations.paths
+        elif owner.ordinal < 0:
             needed = owner.name in named
         else:
             needed = owner.ordinal not in retired and not (owner.ordinal in covered and kind in REPLACED)

@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines import annotation_records
+from pipelines.annotation_records import Annotations
 from pipelines.ledger import Commit, DataFileRecord, Ledger
 from pipelines.ordinals import InOrder, between, unpack, without
 from pipelines.registry import Plan, Unit, in_corpus_order
@@ -163,7 +165,13 @@ class Contents:
     @cached_property
     def named(self) -> frozenset[str]:
         """The files that hold what is shown."""
-        return frozenset(file.path for kind in KINDS for file in self.files(kind))
+        rows = frozenset(file.path for kind in KINDS for file in self.files(kind))
+        return rows | self.annotations.paths
+
+    @cached_property
+    def annotations(self) -> Annotations:
+        """What `annotate` added; nothing of it depends on units."""
+        return annotation_records.newest(self.store)
 
     def merged_facts(self, columns: Sequence[str] = UNIT_FACTS.names) -> pa.Table:
         """Counts of the units that runs know of (columns of UNIT_FACTS), shown or not."""

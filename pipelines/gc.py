@@ -1,11 +1,12 @@
 """Garbage: what no commit, snapshot or plan names, removed once nobody can come to need it.
 
-Three kinds, each with its own proof that it is dead:
+Four kinds, each with its own proof that it is dead:
 - files of an attempt whose (unit, group) another attempt has committed: at once, as no commit is replaced;
 - files that a snapshot replaced, and those of units that the corpus dropped: READERS seconds after that, so
   that whoever resolved the index before can finish. A dropped unit is first *retired* in the registry
   (put-if-absent beside the plans of scans): until then its file can come back and find its data, afterwards
   it is scanned anew;
+- annotations that others replaced, likewise;
 - work that nothing names, and the temporaries of writers that were killed: after UNFINISHED seconds, far
   beyond the age at which an attempt refuses to commit.
 Ages are told by the store's own clock, for both ends. Invariant: killed at any point it leaves an index that
@@ -17,25 +18,27 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pipelines import annotation_records
 from pipelines.contents import Contents, contents
 from pipelines.faults import crash
 from pipelines.ledger import Ledger
 from pipelines.ordinals import pack, unpack
 from pipelines.registry import Plan, objects
-from pipelines.schema import DATA, MANIFESTS, PLANS, REPLACED, SNAPSHOTS
+from pipelines.schema import ANNOTATIONS, DATA, FACTS, MANIFESTS, PLANS, REPLACED, SNAPSHOTS
 from pipelines.snapshots import Node, Run, read_nodes, read_runs, snapshot_name
 from pipelines.storage import Entry, Store
 
 READERS = 600.0
 UNFINISHED = 86400.0
 _OWN = re.compile(r"(?P<kind>\w+)/(?P<unit>[0-9a-f]+)\.(?P<group>\d+)-(?P<attempt>[0-9a-f]+)\.parquet")
-_TURNS = (DATA, MANIFESTS, SNAPSHOTS, PLANS)
+_TURNS = (DATA, MANIFESTS, SNAPSHOTS, ANNOTATIONS, PLANS)
 _TEMPORARY = re.compile(r"(.*/)?\.(clock-)?[0-9a-f]{32}")  # as the storage door names them
+_ANNOTATED = re.compile(rf"(?:{'|'.join(FACTS)})/annotation-[0-9a-f]+\.parquet")
 _MERGED = re.compile(r"\w+/(?P<stem>(?:run|node)-\d+-\d+-[0-9a-f]+)(?:-\d+)*\.parquet")
 
 
@@ -133,6 +136,10 @@ def _garbage(
         if unit.ordinal not in retired and (unit.ordinal, group) not in commits
     }
     replaced = _replaced(store)
+    records = sorted(_listed(store, ANNOTATIONS), key=lambda entry: entry.name)
+    annotated, superseded = _annotations(store, records)
+    for entry in records[:-1]:
+        yield entry, now - entry.modified >= unfinished  # until then they tell what was replaced when
     for entry in _listed(store, DATA):
         name = entry.name.removeprefix(f"{DATA}/")
         if match := _OWN.fullmatch(name):
@@ -147,6 +154,9 @@ def _garbage(
                 yield entry, now - since[own] >= readers
         elif (match := _MERGED.fullmatch(name)) and match["stem"] not in stems:
             at = replaced.get(f"{MANIFESTS}/{match['stem']}.json")
+            yield entry, now - entry.modified >= unfinished or (at is not None and now - at >= readers)
+        elif _ANNOTATED.fullmatch(name) and entry.name not in annotated:
+            at = superseded.get(entry.name)
             yield entry, now - entry.modified >= unfinished or (at is not None and now - at >= readers)
     for entry in manifests.values():
         if entry.name not in needed:
@@ -171,12 +181,13 @@ def _listed(store: Store, folder: str) -> list[Entry]:
 
 
 def _named(store: Store) -> set[str]:
-    """Manifests and merged files that the newest snapshot needs."""
+    """Manifests and merged files that the newest snapshot needs, and files of annotations that hold."""
     found = contents(store)
     needed, _ = _merged_in_use(store, found)
     runs, nodes = found.snapshot.runs, sorted(needed - set(found.snapshot.runs))
     merged: list[Run | Node] = [*read_runs(store, runs), *read_nodes(store, nodes)]
-    return needed | {r.path for each in merged for records in each.files.values() for r in records}
+    own = {r.path for each in merged for records in each.files.values() for r in records}
+    return needed | own | annotation_records.newest(store).paths
 
 
 def _merged_in_use(store: Store, found: Contents) -> tuple[set[str], list[Run]]:
@@ -192,6 +203,14 @@ def _merged_in_use(store: Store, found: Contents) -> tuple[set[str], list[Run]]:
 def _covered_since(runs: Iterable[Run], manifests: dict[str, Entry]) -> dict[int, float]:
     """When each unit's rows came to be in a run, by ordinal."""
     return {ordinal: manifests[run.name].modified for run in runs for ordinal in unpack(run.units).tolist()}
+
+
+def _annotations(store: Store, records: Sequence[Entry]) -> tuple[set[str], dict[str, float]]:
+    """Files of annotations that the last of some records names; when those of the others were replaced."""
+    held = [annotation_records.read(store, entry.name).paths for entry in records]
+    last = {path: i for i, paths in enumerate(held[:-1]) for path in paths}
+    newest = held[-1] if held else set()
+    return newest, {path: records[i + 1].modified for path, i in last.items() if path not in newest}
 
 
 def _replaced(store: Store) -> dict[str, float]:

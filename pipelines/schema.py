@@ -7,6 +7,7 @@
     snapshots/<range>/<number>.json    which merged files stand for which units; manifests/ name those files
     data/<kind>/<unit>.<group>-<attempt>.parquet
     failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
+    annotations/<number>.json      which files hold facts of decoders and explanations
     leases/<term>.json             who may scan; heartbeat.json says that they live
 
 Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit; `token` in activation
@@ -35,6 +36,7 @@ INDEX = "index.json"
 VOCABULARY = "vocabulary.parquet"
 PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 SNAPSHOTS, MANIFESTS = "snapshots", "manifests"
+ANNOTATIONS = "annotations"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))
 _FEATURE = pa.field("feature", pa.int32())
@@ -163,6 +165,42 @@ KEYED = ("documents", "segments", "contexts", "quarantine")  # in order of their
 # Of a unit in a run, whose summaries stay, and so its contexts, from whose place samples are drawn.
 REPLACED = ("activations", "document_features", "documents", "segments", "quarantine")
 SUMMARIES = ("features", "top_contexts", "sampled_contexts", "sampled_merged", "saes")
+
+# Facts of features that do not come from the corpus, by SAE and feature; annotations/ names their files.
+FACTS: dict[str, pa.Schema] = {
+    "feature_tokens": _full(
+        [
+            _SAE,
+            _FEATURE,
+            ("sign", pa.int32()),  # 1: the highest logits, -1: the lowest
+            ("rank", pa.int32()),  # from 1
+            ("token", pa.int32()),
+            ("logit", pa.float32()),
+        ]
+    ),
+    "feature_neighbours": _full(
+        [
+            _SAE,
+            _FEATURE,
+            ("rank", pa.int32()),  # from 1, over those of the same SAE and the others together
+            pa.field("other_sae", pa.dictionary(pa.int32(), pa.string())),
+            ("other_feature", pa.int32()),
+            ("cosine", pa.float32()),
+        ]
+    ),
+    "feature_decoders": _full([_SAE, _FEATURE, ("norm", pa.float32())]),
+    "explanations": pa.schema(
+        [
+            _SAE.with_nullable(False),
+            _FEATURE.with_nullable(False),
+            pa.field("description", pa.string(), nullable=False),
+            ("method", pa.string()),
+            ("model", pa.string()),
+            ("score", pa.float64()),
+            pa.field("source", pa.string(), nullable=False),
+        ]
+    ),
+}
 
 # What a run still knows of each unit in it.
 UNITS = "units"

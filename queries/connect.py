@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from pipelines.contents import Contents, contents, places
 from pipelines.names import reading
 from pipelines.schema import (
+    FACTS,
     KEYED,
     KINDS,
     LOCAL_MAX,
@@ -43,7 +44,7 @@ from pipelines.schema import (
 from pipelines.storage import Store
 from queries.files import SCHEME, IndexFiles, url
 from queries.pruning import remember
-from queries.relations import literal, name, parquet, table, texts, without
+from queries.relations import literal, name, parquet, table, text, texts, without
 from queries.several import Keys, agree, match, same_keys
 from sae_runtime.errors import DataError, InputError, one_line
 
@@ -188,6 +189,7 @@ def _session(found: Sequence[Contents], settings: dict[str, Any]) -> duckdb.Duck
         if not each.store.local:
             with reading(each.store.uri):
                 sizes |= {(number, file.path): file.bytes for kind in KINDS for file in each.files(kind)}
+                sizes |= {(number, held.file.path): held.file.bytes for held in each.annotations.files}
     # Until a query spills there is no such folder; DuckDB removes it with the connection.
     scratch = os.path.join(tempfile.gettempdir(), f"corpuscope-{uuid.uuid4().hex}")
     con = duckdb.connect(":memory:", config={**_SETTINGS, "temp_directory": scratch, **settings})
@@ -236,6 +238,7 @@ def _filled(
         kind: _rows(kind, found[:1] if kind in KEYED else found, schemas[kind], keys, named) for kind in KINDS
     }
     saes = [(sae, each.identity) for each in found for sae in each.identity["saes"]]
+    relations |= {kind: _annotated(kind, found, named) for kind in FACTS}
     return relations | {
         "units": table(places(first.live), {"first": "BIGINT", "stop": "BIGINT", "place": "BIGINT"}),
         "declared_saes": table([_sae_row(*each) for each in saes], _SAE_COLUMNS),
@@ -284,6 +287,29 @@ def _rows(
         relations.append(key.moved(relation, column, scale) if key and column else relation)
     if plain or not relations:
         relations.append(parquet(plain, schema))
+    if len(relations) == 1:
+        return relations[0]
+    return f"({' UNION ALL BY NAME '.join(f'SELECT * FROM {relation}' for relation in relations)})"
+
+
+def _annotated(kind: str, found: Sequence[Contents], named: Callable[[int, str], str]) -> str:
+    """The rows of an annotation's kind that hold in some indexes."""
+    plain, relations = [], []
+    for number, each in enumerate(found):
+        for held in each.annotations.of(kind):
+            file = named(number, held.file.path)
+            if held.whole:
+                plain.append(file)
+                continue
+            columns, keys = "sae", texts(sae for sae, _ in held.keys)
+            if kind == "explanations":  # each source's are replaced apart
+                columns = "(sae, source)"
+                keys = f"[{', '.join(f'({text(sae)}, {text(source)})' for sae, source in held.keys)}]"
+            relations.append(
+                f"(SELECT * FROM {parquet([file], FACTS[kind])} WHERE {columns} IN (SELECT unnest({keys})))"
+            )
+    if plain or not relations:
+        relations.append(parquet(plain, FACTS[kind]))
     if len(relations) == 1:
         return relations[0]
     return f"({' UNION ALL BY NAME '.join(f'SELECT * FROM {relation}' for relation in relations)})"

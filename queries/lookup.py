@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from pipelines.schema import WINDOW
@@ -231,7 +232,7 @@ def feature(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> di
     [found] = rows
     found["contexts"] = _top(con, sae, number, k)
     _spell(con, found["contexts"])
-    return found
+    return found | _annotated(con, sae, number)
 
 
 def _top(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> list[dict[str, Any]]:
@@ -272,6 +273,41 @@ def _top(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> list[
     return found
 
 
+def _annotated(con: duckdb.DuckDBPyConnection, sae: str, number: int) -> dict[str, Any]:
+    """What `annotate` has added to a feature; empty lists where it has not."""
+    tokens = _ask(
+        con,
+        """
+        SELECT f.sign, f.token, v.bytes, f.logit
+        FROM feature_tokens AS f LEFT JOIN vocabulary AS v ON v.token = f.token
+        WHERE f.sae = $1 AND f.feature = $2
+        ORDER BY f.sign DESC, f.rank
+        """,
+        [sae, number],
+    )
+    signs: dict[int, list[dict[str, Any]]] = {1: [], -1: []}
+    for row in tokens:
+        text = (row["bytes"] or b"").decode(errors="replace")
+        signs[row["sign"]].append({"token": row["token"], "text": text, "logit": row["logit"]})
+    return {
+        "explanations": _ask(
+            con,
+            "SELECT description, method, model, score, source FROM explanations "
+            "WHERE sae = $1 AND feature = $2 "
+            "ORDER BY score DESC NULLS LAST, source, method, model, description",
+            [sae, number],
+        ),
+        "top_tokens": signs[1],
+        "bottom_tokens": signs[-1],
+        "neighbours": _ask(
+            con,
+            "SELECT rank, other_sae, other_feature, cosine FROM feature_neighbours "
+            "WHERE sae = $1 AND feature = $2 ORDER BY rank",
+            [sae, number],
+        ),
+    }
+
+
 def _rows_of(
     con: duckdb.DuckDBPyConnection, rows: Held, sae: str, number: int, contexts: Sequence[int]
 ) -> list[tuple[int, float]]:
@@ -289,24 +325,30 @@ def _rows_of(
 
 
 def _spelling(con: duckdb.DuckDBPyConnection, contexts: Sequence[dict[str, Any]]) -> dict[int, bytes]:
-    wanted = sorted({token for context in contexts for token in context["tokens"]})
-    return dict(zip(wanted, _vocabulary(con).take(pa.array(wanted, pa.int32())).to_pylist(), strict=True))
+    wanted = np.array(sorted({token for context in contexts for token in context["tokens"]}), np.int64)
+    known, spelt = _vocabulary(con)
+    places = np.searchsorted(known, wanted)
+    if not np.array_equal(known[np.minimum(places, len(known) - 1)], wanted):
+        raise DataError("index: damaged: contexts have tokens that the vocabulary has not")
+    return dict(zip(wanted.tolist(), spelt.take(pa.array(places)).to_pylist(), strict=True))
 
 
-# By token, of connections that have spelt something: reading them costs as much for a few tokens as for all.
-_vocabularies: WeakKeyDictionary[duckdb.DuckDBPyConnection, pa.ChunkedArray] = WeakKeyDictionary()
+# (tokens, their bytes) of connections that have spelt something: a few cost as much to read as all.
+_vocabularies: WeakKeyDictionary[duckdb.DuckDBPyConnection, tuple[np.ndarray, pa.ChunkedArray]] = (
+    WeakKeyDictionary()
+)
 
 
-def _vocabulary(con: duckdb.DuckDBPyConnection) -> pa.ChunkedArray:
-    """The bytes of every token, in order: tokens are numbered from 0 on without gaps."""
-    found = _vocabularies.get(con)
-    if found is None:
+def _vocabulary(con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, pa.ChunkedArray]:
+    """Every token, ascending, and its bytes."""
+    if con not in _vocabularies:
         try:
-            result = con.execute("SELECT bytes FROM vocabulary ORDER BY token")
+            result = con.execute("SELECT token, bytes FROM vocabulary ORDER BY token")
         except duckdb.Error as error:
             raise DataError(f"index: damaged: {one_line(error)}") from error
-        found = _vocabularies[con] = arrow_table(result)["bytes"]
-    return found
+        table = arrow_table(result)
+        _vocabularies[con] = table["token"].to_numpy(), table["bytes"]
+    return _vocabularies[con]
 
 
 def _spell(con: duckdb.DuckDBPyConnection, contexts: list[dict[str, Any]]) -> None:

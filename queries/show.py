@@ -19,6 +19,7 @@ from sae_runtime.terminal import plain, sign
 _BARS = " ▁▂▃▄▅▆▇█"
 _LOWEST, _PER_OCTAVE = -10, 8
 _WIDEST = 50  # characters of a histogram
+_EXPLAINED, _LISTED, _ELSEWHERE = 3, 5, 3  # explanations; tokens and features; features of other SAEs
 
 
 def feature_view(found: dict[str, Any], color: bool) -> RenderableType:
@@ -26,13 +27,36 @@ def feature_view(found: dict[str, Any], color: bool) -> RenderableType:
     parts: list[RenderableType] = [Text(f"{plain(found['sae'])}  feature {found['feature']}", style="bold")]
     if not found["n_tokens"]:
         parts.append(Text("dead: never active on a counted token of this corpus"))
-        return Group(*parts)
-    parts += [Text(_statistics(found)), _histogram(found["histogram"])]
+        return Group(*parts, *_annotations(found))
+    parts += [Text(_statistics(found)), _histogram(found["histogram"]), *_annotations(found)]
     for context in found["contexts"]:
         # Shades are a context's own: one outlier among the contexts must not leave the others pale.
         text = shaded(context["pieces"], context["activation"], color)
         parts += [Text(), _heading(context), Padding(text, (0, 0, 0, 4))]
     return Group(*parts)
+
+
+def _annotations(found: dict[str, Any]) -> list[Text]:
+    """What `annotate` has added, a line each; nothing where it has not."""
+    lines = []
+    for each in found["explanations"][:_EXPLAINED]:
+        by = ", ".join(visible(each[name]) for name in ("method", "model", "source") if each[name])
+        score = "" if each["score"] is None else f", score {each['score']:.2g}"
+        lines.append(Text.assemble(visible(each["description"]), (f"  ({by}{score})", "dim")))
+    for words, tokens in (("promotes  ", found["top_tokens"]), ("suppresses", found["bottom_tokens"])):
+        if tokens:
+            shown = "  ".join(f"{visible(t['text'])!r} {t['logit']:+.3g}" for t in tokens[:_LISTED])
+            lines.append(Text.assemble((f"{words}  ", "dim"), shown))
+    near = found["neighbours"]
+    here = [n for n in near if n["other_sae"] == found["sae"]][:_LISTED]
+    away = [n for n in near if n["other_sae"] != found["sae"]][:_ELSEWHERE]
+    if here:
+        shown = "  ".join(f"{n['other_feature']} ({n['cosine']:.2f})" for n in here)
+        lines.append(Text.assemble(("alike       ", "dim"), shown))
+    for each in away:
+        shown = f"{plain(each['other_sae'])} {each['other_feature']} ({each['cosine']:.2f})"
+        lines.append(Text.assemble(("elsewhere   ", "dim"), shown))
+    return lines
 
 
 def shaded(pieces: Sequence[Sequence[Any]], highest: float, color: bool) -> Text:

@@ -213,9 +213,16 @@ def _place_hash(corpus: Any, source: Any, row: Any, start: Any) -> pa.Array:
     return pa.array(_digests(corpus, source, row, start))
 
 
+def draws(corpus: Any, source: Any, row: Any) -> np.ndarray:
+    """float64: each document's number in [0, 1); `keep: {sample: r}` keeps the token rows of those below r.
+
+    As a Python division of integers rounds it: once.
+    """
+    return np.array([int(n) / 2**64 for n in _digests(corpus, source, row, before="keep\0")], np.float64)
+
+
 def _draw(corpus: Any, source: Any, row: Any) -> pa.Array:
-    """As a Python division of integers rounds it: once."""
-    return pa.array([int(n) / 2**64 for n in _digests(corpus, source, row, before="keep\0")], pa.float64())
+    return pa.array(draws(corpus, source, row))
 
 
 def _lot(seed: Any, feature: Any, place: Any) -> pa.Array:

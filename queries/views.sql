@@ -49,6 +49,13 @@ FROM (
 )
 WHERE error(why) IS NULL;
 
+-- The same with context and position in one number, for recipes that ask which rows share a token: comparing
+-- it takes under half the time of comparing pairs.
+CREATE VIEW _active_tokens AS
+SELECT sae, feature, token, activation FROM $activations WHERE NOT list_contains($not_kept_tokens, sae)
+UNION ALL
+SELECT sae, feature, context, activation FROM activations WHERE list_contains($not_kept_tokens, sae);
+
 CREATE VIEW sampled_activations AS
 SELECT sae, feature, token // $length AS context, (token % $length)::INTEGER AS position, activation
 FROM $activations;
@@ -166,6 +173,14 @@ FROM merged AS m
 LEFT JOIN counted AS c ON c.sae = m.sae
 LEFT JOIN histograms AS h ON h.sae = m.sae AND h.feature = m.feature;
 
+-- Counts of the features that fired, alone: `features` has to make the histograms for them too.
+CREATE VIEW _feature_counts AS
+SELECT
+    sae, feature,
+    sum(n_tokens)::BIGINT AS n_tokens, sum(n_contexts)::BIGINT AS n_contexts, sum(n_documents)::BIGINT AS n_documents
+FROM $features
+GROUP BY sae, feature;
+
 -- One candidate a document in the partials already; of equal endings the highest stays, then the k highest.
 CREATE VIEW _top_contexts AS
 WITH offers AS (
@@ -264,3 +279,16 @@ FROM (
         GROUP BY ALL
     )
 );
+
+-- What `annotate` adds; empty before. A feature's highest (sign 1) and lowest (-1) output tokens.
+CREATE VIEW feature_tokens AS SELECT sae, feature, sign, rank, token, logit FROM $feature_tokens;
+
+-- The features whose decoder rows point alike, of the same SAE and of others.
+CREATE VIEW feature_neighbours AS
+SELECT sae, feature, rank, other_sae, other_feature, cosine FROM $feature_neighbours;
+
+-- The length of a feature's decoder row as published.
+CREATE VIEW feature_decoders AS SELECT sae, feature, norm FROM $feature_decoders;
+
+CREATE VIEW explanations AS
+SELECT sae, feature, description, method, model, score, source FROM $explanations;

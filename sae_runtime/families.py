@@ -140,7 +140,7 @@ FAMILIES: dict[str, Family] = {  # by the text model's `model_type`
 # Checkpoints that hold more than text: where `AutoModelForCausalLM` has their text model.
 WRAPPERS = {"gemma3": "model.language_model", "qwen3_5": "model", "qwen3_5_moe": "model"}
 # Modules that pass on vectors of the model's width, by their path in the layer.
-_DROPOUTS = ("post_attention_dropout", "post_mlp_dropout", "attn.resid_dropout", "mlp.dropout")
+DROPOUTS = ("post_attention_dropout", "post_mlp_dropout", "attn.resid_dropout", "mlp.dropout")
 
 
 def family(config: Any) -> Family:
@@ -246,7 +246,7 @@ def _width(config: Any, found: Family, layer: nn.Module, module: Any, name: str,
     inside_mixture = name.startswith("mlp.") and _is_mixture(layer)
     if inside_mixture:  # experts and routers see the tokens that were sent to them, in another shape
         return None
-    if module is layer or name in (found.attention, "linear_attn", "mlp", *_DROPOUTS):
+    if module is layer or name in (found.attention, "linear_attn", "mlp", *DROPOUTS):
         return hidden
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return _matrix(module)[side == "output"]

@@ -298,19 +298,38 @@ def _implementation(attention: str, device: torch.device) -> str | None:
     return "eager" if attention == "flex_attention" and device.type == "cpu" else attention
 
 
-def _load(source: ModelSource, sites: Sequence[Site], dtype: torch.dtype, attention: str | None) -> Any:
-    """A bare text model (no head, no other modality) of the layers that `sites` need."""
-    from transformers import AutoModel
+def load_with_head(source: ModelSource, sites: Sequence[Site]) -> Any:
+    """The text model with its unembedding, of the layers that `sites` need, on the CPU in the dtype of its
+    files: for its weights. Raises InputError as loading it does."""
+    return _load(source, sites, "auto", None, head=True)
+
+
+def _load(
+    source: ModelSource,
+    sites: Sequence[Site],
+    dtype: torch.dtype | str,
+    attention: str | None,
+    head: bool = False,
+) -> Any:
+    """A text model (no other modality; without `head` a bare one) of the layers that `sites` need."""
+    from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 
     config = _truncated(source, sites)
     # The keys of a wrapped text model, in the hub's older files and in newer ones.
-    nested = {r"^(?:model\.)?language_model\.(?:model\.)?": ""} if _prefix(source) else None
+    nested = None
+    if _prefix(source):
+        body = "model." if head else ""
+        nested = {
+            r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+            r"^(?:model\.)?language_model\.(?!lm_head\.)(?:model\.)?": body,
+        }
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # the layers left out are reported as unexpected weights
     logging.disable_progress_bar()
     try:
-        model, report = AutoModel.from_pretrained(
+        kind: Any = AutoModelForCausalLM if head else AutoModel
+        model, report = kind.from_pretrained(
             source.path,
             revision=source.revision,
             config=config,

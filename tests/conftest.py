@@ -18,12 +18,21 @@ import families
 import tiny
 import yaml
 
+from sae_runtime.cache import cache_dir
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Converted models go to this session's folder, so that a test sees no earlier one's."""
-    before = os.environ.get("CORPUSCOPE_CACHE")
-    os.environ["CORPUSCOPE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Converted models go to this session's folder, so that a test sees no earlier one's.
+
+    Compiled loops, which are named after their sources, stay where they are: each new process that found
+    none would compile for 15 s.
+    """
+    before, own = os.environ.get("CORPUSCOPE_CACHE"), tmp_path_factory.mktemp("cache")
+    loops = cache_dir() / "numba"
+    loops.mkdir(parents=True, exist_ok=True)
+    (own / "numba").symlink_to(loops.absolute(), target_is_directory=True)
+    os.environ["CORPUSCOPE_CACHE"] = str(own)
     yield
     os.environ.pop("CORPUSCOPE_CACHE")
     if before is not None:
@@ -129,4 +138,23 @@ def tiny_index(
     spec = write_spec(tmp_path_factory.mktemp("scan"))
     outcome = scan_inline(spec)
     assert not outcome.failed
+    return spec.parent / "index"
+
+
+@pytest.fixture(scope="session")
+def few(tiny_suites: Path) -> list[dict[str, str]]:
+    """`saes` of a spec: a seventh of the rows, for tests of histories, in which each SAE has the same one."""
+    return [{"uri": str(tiny_suites / "tiny-att")}]
+
+
+@pytest.fixture(scope="session")
+def few_index(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_spec: Callable[..., Path],
+    scan_inline: Callable[..., Any],
+    few: list[dict[str, str]],
+) -> Path:
+    """The index of the default corpus and two SAEs, scanned once. Read only."""
+    spec = write_spec(tmp_path_factory.mktemp("few"), saes=few)
+    assert not scan_inline(spec).failed
     return spec.parent / "index"

@@ -24,7 +24,7 @@ from pipelines.faults import POINTS, Point
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["jobs.cli", "jobs.progress", "jobs.specfile", "pipelines.scan", "pipelines.gc", "queries",
-     "transformers.models.gemma2.modeling_gemma2", "tiny"]
+     "transformers.models.gemma2.modeling_gemma2", "tests.warm"]
 )  # fmt: skip
 FREE = "--free"  # before a command: it does not heed the lease
 
@@ -82,10 +82,9 @@ def fork(folder: Path, lines: Sequence[Sequence[str]], fan: int, plan: str = "no
     log, told = folder / f"{number}.log", folder / f"{number}.told"
     log.touch()
     told.write_bytes(bytes(4 * (len(POINTS) + 1)))
-    env = {
-        name: os.environ[name] for name in ("CORPUSCOPE_CACHE", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
-    }
-    process = _context.Process(target=_run, args=(lines, env | {"CORPUSCOPE_CRASH": plan}, fan, log, told))
+    process = _context.Process(
+        target=_run, args=(lines, {**os.environ, "CORPUSCOPE_CRASH": plan}, fan, log, told)
+    )
     process.start()
     return Fork(process, log, told)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -53,12 +52,15 @@ def test_the_arms_keep_the_same_rows(tiny_model_no_bos: Path, tmp_path: Path) ->
         compare.agreement(files, made, found)
 
 
+@pytest.mark.usefixtures("benchmarks")
 def test_the_command(tiny_model_no_bos: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "compare.py"), "--model", str(tiny_model_no_bos)]
-    command += ["--saes", "2", "--tokens", "512", "--length", "64", "--width", "100", "--l0", "8"]
-    command += ["--arms", "script", "--repeat", "2", "--threads", "1", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    """Here in this process, but for the arms, which have one each."""
+    import compare
+
+    arguments = ["--model", str(tiny_model_no_bos), "--out", str(tmp_path), "--arms", "script"]
+    arguments += ["--saes", "2", "--tokens", "512", "--length", "64", "--width", "100", "--l0", "8"]
+    done = CliRunner().invoke(compare.main, [*arguments, "--repeat", "2", "--threads", "1"])
+    assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert set(found["arms"]) == {"floor", "script"}
     for name, arm in found["arms"].items():

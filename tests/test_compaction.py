@@ -1,7 +1,7 @@
 """Compaction and gc: the rows that are read never change, whatever is merged, removed, killed or dropped.
 
-The undisturbed index is `tiny_index` (24 units, all as they were committed). FAN is lowered, so that 24 units
-make two levels of tiers and a full compaction above them.
+The undisturbed index is `few_index` (24 units, all as they were committed), and once `tiny_index`. FAN is
+lowered, so that 24 units make two levels of tiers and a full compaction above them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from forks import fork
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,14 +41,14 @@ def _small_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def index(tmp_path: Path, tiny_index: Path) -> Path:
+def index(tmp_path: Path, few_index: Path) -> Path:
     """A copy of the undisturbed index."""
-    return Path(shutil.copytree(tiny_index, tmp_path / "index"))
+    return Path(shutil.copytree(few_index, tmp_path / "index"))
 
 
-@pytest.fixture(scope="session")
-def wanted(tiny_index: Path) -> dict[str, list[tuple[Any, ...]]]:
-    return tiny.views(tiny_index)
+@pytest.fixture(scope="module")
+def wanted(few_index: Path) -> dict[str, list[tuple[Any, ...]]]:
+    return tiny.views(few_index)
 
 
 def same(index: Path | str, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
@@ -59,7 +60,12 @@ def files(index: Path, kind: str) -> list[str]:
     return [record.path for record in found.files(kind)]
 
 
-def test_compact_then_gc_changes_no_row(index: Path, wanted: dict[str, list[tuple[Any, ...]]]) -> None:
+@pytest.mark.parametrize("all_saes", [False, True])
+def test_compact_then_gc_changes_no_row(
+    tmp_path: Path, few_index: Path, tiny_index: Path, all_saes: bool
+) -> None:
+    index = Path(shutil.copytree(tiny_index if all_saes else few_index, tmp_path / "index"))
+    wanted = tiny.views(index)
     store = Store(str(index))
     before = contents.contents(store).facts.sort_by("ordinal")
     done = compaction.compact(store)
@@ -134,17 +140,10 @@ def test_the_features_of_a_document_are_not_answered_in_part(
     ],
 )
 def test_killed_at_any_point_compaction_harms_nothing(
-    index: Path, wanted: dict[str, list[tuple[Any, ...]]], point: str
+    tmp_path: Path, index: Path, wanted: dict[str, list[tuple[Any, ...]]], point: str
 ) -> None:
-    code = (
-        "import sys; from pipelines import compaction; from pipelines.storage import Store;"
-        "compaction.FAN = 4; compaction.compact(Store(sys.argv[1]))"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", code, str(index)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "CORPUSCOPE_CRASH": point},
-    )  # fmt: skip
-    assert killed.returncode == 137, killed.stderr
+    killed = fork(tmp_path / "logs", [["compact", str(index)]], 4, point)
+    assert killed.wait() == 137, killed.log.read_text()
     same(index, wanted)
     store = Store(str(index))
     gc.collect(store, 0, 0)
@@ -158,19 +157,12 @@ def test_killed_at_any_point_compaction_harms_nothing(
 
 @pytest.mark.parametrize("point", ["gc-retired:1", "gc-removing:1", "gc-removing:2", "gc-removing:3"])
 def test_killed_at_any_point_gc_harms_nothing(
-    index: Path, wanted: dict[str, list[tuple[Any, ...]]], point: str
+    tmp_path: Path, index: Path, wanted: dict[str, list[tuple[Any, ...]]], point: str
 ) -> None:
     store = Store(str(index))
     compaction.compact(store)
-    code = (
-        "import sys; from pipelines import gc; from pipelines.storage import Store;"
-        "gc.collect(Store(sys.argv[1]), 0, 0)"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", code, str(index)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "CORPUSCOPE_CRASH": point},
-    )  # fmt: skip
-    assert killed.returncode == 137, killed.stderr
+    killed = fork(tmp_path / "logs", [["gc", str(index), "--grace", "0", "--unfinished", "0"]], 4, point)
+    assert killed.wait() == 137, killed.log.read_text()
     same(index, wanted)
     gc.collect(store, 0, 0)
     same(index, wanted)
@@ -340,23 +332,29 @@ def test_what_is_too_old_is_not_published(index: Path, monkeypatch: pytest.Monke
 
 
 def test_a_corpus_that_changes_between_compactions(
-    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any], tiny_corpus: Path
-) -> None:
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any], tiny_corpus: Path,
+    few: list[dict[str, str]],
+) -> None:  # fmt: skip
     """Files come, go and come back, with compactions and collections in between, against fresh scans."""
     names = sorted(f.name for f in tiny_corpus.iterdir())[:14]
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    spec, index = write_spec(tmp_path, corpus={"uri": "corpus/*.jsonl"}), tmp_path / "index"
+    spec = write_spec(tmp_path, corpus={"uri": "corpus/*.jsonl"}, saes=few)
+    index = tmp_path / "index"
     generator = random.Random(7)
     present: set[str] = set()
+    fresh: dict[frozenset[str], dict[str, list[tuple[Any, ...]]]] = {}  # what each set of files gives
 
     def scan() -> int:
         return int(scan_inline(spec, allow_removal=True).items)
 
     def check(step: str) -> None:
-        fresh = write_spec(tmp_path / f"fresh-{step}", corpus={"uri": f"{corpus}/*.jsonl"})
-        scan_inline(fresh)
-        assert not tiny.differences(tiny.content(fresh.parent / "index"), tiny.content(index)), step
+        files = frozenset(f.name for f in corpus.iterdir())
+        if files not in fresh:
+            once = write_spec(tmp_path / f"fresh-{step}", corpus={"uri": f"{corpus}/*.jsonl"}, saes=few)
+            scan_inline(once)
+            fresh[files] = tiny.content(once.parent / "index")
+        assert not tiny.differences(fresh[files], tiny.content(index)), step
 
     for name in names[2:12]:
         shutil.copy(tiny_corpus / name, corpus / name)
@@ -399,14 +397,11 @@ def test_a_corpus_that_changes_between_compactions(
 
 def test_what_lost_attempts_left_is_removed_at_once(
     tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any],
-    wanted: dict[str, list[tuple[Any, ...]]],
+    few: list[dict[str, str]], wanted: dict[str, list[tuple[Any, ...]]],
 ) -> None:  # fmt: skip
-    spec, index = write_spec(tmp_path), tmp_path / "index"
-    crashed = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "scan", str(spec), "--executor", "inline"], cwd=ROOT,
-        capture_output=True, text=True, env={**os.environ, "CORPUSCOPE_CRASH": "before-commit"},
-    )  # fmt: skip
-    assert crashed.returncode == 137, crashed.stderr
+    spec, index = write_spec(tmp_path, saes=few), tmp_path / "index"
+    crashed = fork(tmp_path / "logs", [["scan", str(spec), "--executor", "inline"]], 32, "before-commit")
+    assert crashed.wait() == 137, crashed.log.read_text()
     orphans = set((index / "data").rglob("*.parquet"))
     assert orphans
     store = Store(str(index))
@@ -481,7 +476,7 @@ def test_in_memory_too(index: Path, wanted: dict[str, list[tuple[Any, ...]]]) ->
 
 @pytest.mark.cluster
 def test_on_ray_tasks_merge_ranges_of_saes(
-    tmp_path: Path, write_spec: Callable[..., Path], wanted: dict[str, list[tuple[Any, ...]]]
+    tmp_path: Path, write_spec: Callable[..., Path], tiny_index: Path
 ) -> None:
     spec = write_spec(tmp_path)
     code = (
@@ -497,19 +492,20 @@ def test_on_ray_tasks_merge_ranges_of_saes(
     found = contents.contents(Store(str(tmp_path / "index")))
     assert sorted(run.level for run in found.runs) == [1, 1, 2]
     assert len(found.files("activations")) > len(found.runs), "no run was merged by several tasks"
-    same(tmp_path / "index", wanted)
+    same(tmp_path / "index", tiny.views(tiny_index))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_scan_compacts_as_it_goes(
     tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any],
-    wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch, groups: int,
+    few: list[dict[str, str]], wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch,
+    groups: int,
 ) -> None:  # fmt: skip
     if groups == 2:
         halves = lambda prepared, workers: [[s.id for s in prepared.saes][i::2] for i in (0, 1)]  # noqa: E731
         monkeypatch.setattr("pipelines.scan.plan_groups", halves)
     told: list[str] = []
-    outcome = scan_inline(write_spec(tmp_path), notice=told.append)
+    outcome = scan_inline(write_spec(tmp_path, saes=few), notice=told.append)
     assert outcome.items == UNITS * groups
     assert not [line for line in told if "compaction" in line]
     found = contents.contents(Store(str(tmp_path / "index")))
@@ -522,14 +518,14 @@ def test_a_scan_compacts_as_it_goes(
 
 def test_a_compaction_that_fails_is_told_and_harms_nothing(
     tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any],
-    wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch,
+    few: list[dict[str, str]], wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     def fail(*_: Any) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr("pipelines.compaction.merge_rows", fail)
     told: list[str] = []
-    outcome = scan_inline(write_spec(tmp_path), notice=told.append)
+    outcome = scan_inline(write_spec(tmp_path, saes=few), notice=told.append)
     assert (outcome.items, outcome.failed) == (UNITS, ())
     assert [line for line in told if "compaction stopped" in line and "no space left" in line]
     same(tmp_path / "index", wanted)
@@ -537,10 +533,10 @@ def test_a_compaction_that_fails_is_told_and_harms_nothing(
 
 def test_a_scan_removes_what_its_compaction_replaced(
     tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any],
-    wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch,
+    few: list[dict[str, str]], wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("pipelines.upkeep.READERS", 0.0)
-    scan_inline(write_spec(tmp_path))
+    scan_inline(write_spec(tmp_path, saes=few))
     index = tmp_path / "index"
     store = Store(str(index))
     assert {f"data/activations/{f.name}" for f in (index / "data" / "activations").iterdir()} == set(

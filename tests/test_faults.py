@@ -80,7 +80,11 @@ def begin(
 
 
 @pytest.fixture(scope="module")
-def stories(tmp_path_factory: pytest.TempPathFactory, begin: Callable[..., Path]) -> dict[str, Story]:
+def stories(
+    tmp_path_factory: pytest.TempPathFactory,
+    begin: Callable[..., Path],
+    few_index: Path,  # a scan here, so that there are compiled loops for all forks (warm.py)
+) -> dict[str, Story]:
     folder = begin(tmp_path_factory.mktemp("undisturbed"), "first")
     code, done = run(folder)
     assert code == 0, done.log.read_text()

@@ -624,19 +624,19 @@ readers = {"weights": (weights.headers, weights.read), "config": (tree.read_json
 for line in sys.stdin:
     kind, file = json.loads(line)
     for reader in readers[kind] + ((weights.read_pickle,) if file.endswith(".pt") else ()):
-        before, began = peak(), time.monotonic()
+        before, began = peak(), time.process_time()
         try:
             reader(file)
             said = None
         except InputError as error:
             said = str(error)
         print(json.dumps([file, reader.__name__, said, (peak() - before) / 1024,
-            time.monotonic() - began]), flush=True)
+            time.process_time() - began]), flush=True)
 """
 
 
 def measure(kind: str, files: list[Path]) -> list[tuple[str, str, str | None, float, float]]:
-    """(file, reader, error, MB that the peak grew by, seconds) of each, in a process of their own."""
+    """(file, reader, error, MB that the peak grew by, processor seconds), in a process of their own."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE], cwd=ROOT, text=True, capture_output=True, timeout=300,
         input="".join(json.dumps([kind, str(file)]) + "\n" for file in files),

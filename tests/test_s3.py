@@ -1,6 +1,6 @@
 """S3 by its own protocol: s3fs over HTTP to a moto server on loopback, compared with local disk.
 
-The undisturbed index is `tiny_index`; the same scan with corpus and index in a bucket must give its rows.
+The undisturbed index is on local disk; the same scan with corpus and index in a bucket must give its rows.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import logging
 import os
 import random
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 from click.testing import CliRunner
+from forks import fork
 
 from pipelines import compaction
 from pipelines.contents import contents
@@ -36,8 +35,7 @@ s3fs = pytest.importorskip("s3fs", reason=_REASON, exc_type=ImportError)
 
 from pipelines.s3 import PatientS3  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
-UNITS = 24
+UNITS = 12
 BUCKET = "bucket"
 INDEX = f"s3://{BUCKET}/index"
 
@@ -69,27 +67,44 @@ def s3() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def s3_corpus(s3: Any, tiny_corpus: Path) -> str:
-    """Glob over the tiny corpus in the bucket."""
-    for file in sorted(tiny_corpus.iterdir()):
+    """Glob over half of the tiny corpus, in the bucket."""
+    for file in sorted(tiny_corpus.iterdir())[:UNITS]:
         s3.pipe_file(f"{BUCKET}/corpus/{file.name}", file.read_bytes())
     return f"s3://{BUCKET}/corpus/*.jsonl"
 
 
 @pytest.fixture(scope="module")
 def s3_spec(
-    s3_corpus: str, write_spec: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    s3_corpus: str,
+    write_spec: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    few: list[dict[str, str]],
 ) -> Path:
-    return write_spec(tmp_path_factory.mktemp("s3"), corpus={"uri": s3_corpus}, index=f"s3://{BUCKET}/index")
+    folder = tmp_path_factory.mktemp("s3")
+    return write_spec(folder, corpus={"uri": s3_corpus}, index=f"s3://{BUCKET}/index", saes=few)
 
 
 @pytest.fixture(scope="module")
-def orphans(s3: Any, s3_spec: Path) -> set[str]:
+def local_index(
+    tiny_corpus: Path,
+    write_spec: Callable[..., Path],
+    scan_inline: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    few: list[dict[str, str]],
+) -> Path:
+    """The same on local disk."""
+    files = [str(file) for file in sorted(tiny_corpus.iterdir())[:UNITS]]
+    spec = write_spec(tmp_path_factory.mktemp("local"), corpus={"uri": files}, saes=few)
+    assert scan_inline(spec).items == UNITS
+    return spec.parent / "index"
+
+
+@pytest.fixture(scope="module")
+def orphans(s3: Any, s3_spec: Path, local_index: Path) -> set[str]:
     """Data files of a scan that ended at the worst moment: a unit's data written, its commit not."""
-    crashed = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "scan", str(s3_spec), "--executor", "inline"],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "CORPUSCOPE_CRASH": "before-commit"},
-    )  # fmt: skip
-    assert crashed.returncode == 137, crashed.stderr
+    scan = [["scan", str(s3_spec), "--executor", "inline"]]
+    crashed = fork(s3_spec.parent / "logs", scan, 32, "before-commit")
+    assert crashed.wait() == 137, crashed.log.read_text()
     shown = tiny.views(INDEX)
     assert [len(shown[view]) for view in ("documents", "contexts", "activations")] == [0, 0, 0]
     assert Store(INDEX).entries("commits") == []
@@ -117,9 +132,9 @@ def objects(s3: Any, folder: str) -> dict[str, tuple[str, Any]]:
 
 
 def test_a_crashed_and_resumed_scan_from_bucket_to_bucket_has_the_rows_of_local_disk(
-    s3: Any, s3_views: dict[str, list[tuple[Any, ...]]], tiny_index: Path, orphans: set[str]
+    s3: Any, s3_views: dict[str, list[tuple[Any, ...]]], local_index: Path, orphans: set[str]
 ) -> None:
-    assert not tiny.differences(tiny.views(tiny_index), s3_views)
+    assert not tiny.differences(tiny.views(local_index), s3_views)
     assert orphans
     assert orphans < set(objects(s3, "index/data")), "workers never delete; gc does"
 
@@ -199,19 +214,19 @@ def test_again_is_a_no_op(
     "arguments",
     [
         ("sql", "INDEX", "SELECT * FROM features ORDER BY ALL"),
-        ("feature", "INDEX", tiny.SAES[0].path, "9"),
-        ("features", "INDEX", tiny.SAES[0].path, "--limit", "5"),
+        ("feature", "INDEX", tiny.SAES[5].path, "9"),
+        ("features", "INDEX", tiny.SAES[5].path, "--limit", "5"),
     ],
     ids=lambda arguments: arguments[0],
 )
 def test_commands_answer_as_on_local_disk(
-    s3_index: str, tiny_index: Path, arguments: tuple[str, ...]
+    s3_index: str, local_index: Path, arguments: tuple[str, ...]
 ) -> None:
-    assert command(s3_index, *arguments) == command(str(tiny_index), *arguments) != []
+    assert command(s3_index, *arguments) == command(str(local_index), *arguments) != []
 
 
-def test_status_is_that_of_local_disk(s3_index: str, tiny_index: Path) -> None:
-    found, wanted = command(s3_index, "status", "INDEX")[0], command(str(tiny_index), "status", "INDEX")[0]
+def test_status_is_that_of_local_disk(s3_index: str, local_index: Path) -> None:
+    found, wanted = command(s3_index, "status", "INDEX")[0], command(str(local_index), "status", "INDEX")[0]
     assert found.pop("index") == s3_index
     assert found["state"] == "complete"
     for each in (found, wanted):
@@ -241,7 +256,7 @@ def test_compacted_and_collected_it_has_the_same_rows(
 ) -> None:
     from pipelines import compaction, gc
 
-    monkeypatch.setattr(compaction, "FAN", 8)
+    monkeypatch.setattr(compaction, "FAN", 4)
     s3.invalidate_cache()
     s3.copy(f"{BUCKET}/index/", f"{BUCKET}/compacted/", recursive=True)
     index = f"s3://{BUCKET}/compacted"

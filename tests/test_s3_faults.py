@@ -348,8 +348,8 @@ def test_credentials_that_nobody_renews_are_one_line(
 
 
 def test_a_scan_of_which_a_tenth_of_the_requests_fails_has_the_rows_of_an_undisturbed_one(
-    s3: FaultyS3, tiny_corpus: Path, tiny_index: Path, write_spec: Callable[..., Path],
-    scan_inline: Callable[..., Any], tmp_path: Path,
+    s3: FaultyS3, tiny_corpus: Path, few: list[dict[str, str]], few_index: Path,
+    write_spec: Callable[..., Path], scan_inline: Callable[..., Any], tmp_path: Path,
 ) -> None:  # fmt: skip
     seed = random.getrandbits(32)
     print(f"seed {seed}")
@@ -357,9 +357,9 @@ def test_a_scan_of_which_a_tenth_of_the_requests_fails_has_the_rows_of_an_undist
     for file in sorted(tiny_corpus.iterdir()):
         corpus.write(file.name, file.read_bytes())
     index = f"s3://{BUCKET}/index"
-    spec = write_spec(tmp_path, corpus={"uri": f"{corpus.uri}/*.jsonl"}, index=index)
+    spec = write_spec(tmp_path, corpus={"uri": f"{corpus.uri}/*.jsonl"}, index=index, saes=few)
     s3.plan = at_random(seed, 0.1)
     outcome = scan_inline(spec)
     assert (outcome.items, outcome.failed) == (24, ())
     assert s3.faults >= 20
-    assert not tiny.differences(tiny.views(tiny_index), tiny.views(index))
+    assert not tiny.differences(tiny.views(few_index), tiny.views(index))

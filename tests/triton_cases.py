@@ -102,16 +102,16 @@ def test_zero_is_no_higher_than_minus_zero(registers: int, monkeypatch: pytest.M
 def test_ranks_over_several_readings(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More features than are read at a time (1,024), with equals on both sides of the border."""
     monkeypatch.setattr(triton_encode, "IN_REGISTERS", 0)
-    case = make_case(2, rule, 3, 2500, 900, 1, set(), 3)
+    case = make_case(2, rule, 2, 1100, 400, 1, set(), 3)
     assert rows(TritonEncoder(case.weights()).encode(case.inputs())) == listed(formula(case))
 
 
 @pytest.mark.parametrize("rule", ["jumprelu", "topk_signed"])
 def test_several_passes_and_runs_of_tokens(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks of tokens a pass, products of one block kept at a time: 300 tokens, 3 blocks, 2 passes."""
+    """Two blocks of tokens a pass, products of one block kept at a time: 260 tokens, 3 blocks, 2 passes."""
     monkeypatch.setattr(triton_encode, "CELLS", 2 * 256)
     monkeypatch.setattr(triton_encode, "KEPT_VALUES", 128 * 256)
-    case = make_case(3, rule, 300, 140, 5, 2, set(), 6)
+    case = make_case(3, rule, 260, 140, 5, 2, set(), 6)
     encoder = TritonEncoder(case.weights())
     assert encoder.kernels.most_tokens == 256
     assert rows(encoder.encode(case.inputs())) == listed(formula(case))
@@ -121,11 +121,11 @@ def test_several_passes_and_runs_of_tokens(rule: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("room", [0, 1, 20])
 def test_a_short_list_is_made_longer(rule: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_encode, "_ROWS_PER_TOKEN", room)
-    case = make_case(4, rule, 30, 200, 120, 9, set(), 6)
+    case = make_case(4, rule, 8, 200, 120, 9, set(), 6)
     encoder = TritonEncoder(case.weights())
     for _ in range(2):
         assert rows(encoder.encode(case.inputs())) == listed(formula(case))
-    assert encoder.kernels.rows_per_token * 30 >= len(listed(formula(case)))
+    assert encoder.kernels.rows_per_token * 8 >= len(listed(formula(case)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,7 +171,7 @@ def test_the_rounding_of_every_kind_of_number() -> None:
 def test_inputs_are_normalised_as_the_reference_does(norm: str, rule: str) -> None:
     case, how = normed_case(norm, rule)
     sae = case.weights(input=how)
-    x = case.inputs()[:24]
+    x = case.inputs()[: 8 if rule in RANKED else 24]
     torch_rows = rows(TorchEncoder(sae, CPU).encode(x))
     found = rows(TritonEncoder(sae).encode(x))
     # A last bit of a norm decides between equal ranks and at thresholds, so a few rows may differ.

@@ -1,0 +1,33 @@
+-- L0 of an SAE by vocabulary token
+--
+-- `n_tokens` is how often the token occurs among the counted ones, `active` the activations on them, `l0`
+-- active by n_tokens. A token that never occurs has no row.
+--
+-- needs: activations of sae; contexts; vocabulary; every counted token of sae
+-- param sae SAE: the SAE
+-- param min_tokens COUNT = 10: occurrences that a token must have
+-- param sort l0|n_tokens = l0: highest first
+-- param limit LIMIT = 20: rows
+WITH read AS (
+    SELECT
+        context, unnest(range(len(tokens))) AS position, unnest(tokens) AS token, unnest(counted) AS counted
+    FROM contexts
+), fired AS (
+    SELECT context, position, count(*) AS n FROM activations
+    WHERE sae = $sae
+    GROUP BY context, position
+), tokens AS (
+    SELECT r.token, count(*) AS n_tokens, coalesce(sum(f.n), 0)::BIGINT AS active
+    FROM read AS r
+    LEFT JOIN fired AS f ON f.context = r.context AND f.position = r.position
+    WHERE r.counted
+    GROUP BY r.token
+)
+SELECT
+    $sae AS sae, t.token, v.text, t.n_tokens, t.active, t.active / t.n_tokens AS l0
+FROM tokens AS t
+JOIN vocabulary AS v ON v.token = t.token
+WHERE t.n_tokens >= $min_tokens
+ORDER BY CASE $sort WHEN 'n_tokens' THEN t.n_tokens ELSE l0 END DESC,
+    t.n_tokens DESC, t.token
+LIMIT $limit
