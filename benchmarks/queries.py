@@ -81,43 +81,19 @@ def ask_group_by(con: Any, subject: int) -> Any:
 
 
 def ask_by_document(con: Any, subject: int) -> Any:
-    """Rows in order of documents: those of a rare feature's lie in few row groups.
-
-    Of a feature that is in most documents the others are counted, and taken from what each feature has.
-    """
-    own = "SELECT document FROM document_features WHERE sae = $1 AND feature = $2"
-    one = "SELECT n_documents, (SELECT count(*) FROM documents) FROM features WHERE sae = $1 AND feature = $2"
-    values = [_sae(con), subject]
-    [(fired, documents)] = con.execute(one, values).fetchall()
-    if 2 * fired <= documents:
-        return con.execute(
-            f"SELECT feature, count(*) FROM _by_document WHERE sae = $1 AND document IN ({own}) "
-            "GROUP BY feature",
-            values,
-        ).fetchall()
-    return con.execute(
-        f"""
-        WITH others AS (
-            SELECT feature, count(*) AS n FROM _by_document
-            WHERE sae = $1 AND document IN (SELECT document FROM documents WHERE document NOT IN ({own}))
-            GROUP BY feature
-        )
-        SELECT f.feature, f.n_documents - coalesce(o.n, 0)
-        FROM features AS f LEFT JOIN others AS o ON o.feature = f.feature
-        WHERE f.sae = $1 AND f.n_documents > coalesce(o.n, 0)
-        """,
-        values,
-    ).fetchall()
+    return _recipe(con, "cofiring_documents", subject)
 
 
 def ask_by_token(con: Any, subject: int) -> Any:
-    """Joined by one number: of two, DuckDB makes neither a range nor a Bloom filter."""
-    key = f"context * {LENGTH} + position"
-    return con.execute(
-        f"SELECT feature, count(*) FROM activations WHERE sae = $1 AND {key} IN "
-        f"(SELECT {key} FROM activations WHERE sae = $1 AND feature = $2) GROUP BY feature",
-        [_sae(con), subject],
-    ).fetchall()
+    return _recipe(con, "cofiring_tokens", subject)
+
+
+def _recipe(con: Any, name: str, subject: int) -> Any:
+    """Every feature that fires where the subject does, as (feature, how often)."""
+    from queries import recipe
+
+    params = {"sae": _sae(con), "feature": str(subject), "min_both": "1", "limit": "1000000"}
+    return [(row[3], row[4]) for row in recipe.run(con, name, params).fetchall()]
 
 
 def ask_diff(con: Any, subject: int) -> Any:

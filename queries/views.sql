@@ -52,9 +52,11 @@ WHERE error(why) IS NULL;
 -- The same with context and position in one number, for recipes that ask which rows share a token: comparing
 -- it takes under half the time of comparing pairs.
 CREATE VIEW _active_tokens AS
-SELECT sae, feature, token, activation FROM $activations WHERE NOT list_contains($not_kept_tokens, sae)
+SELECT sae, feature, token, activation FROM $activations
+WHERE (len($not_kept_tokens) = 0 OR NOT list_contains($not_kept_tokens, sae))
 UNION ALL
-SELECT sae, feature, context, activation FROM activations WHERE list_contains($not_kept_tokens, sae);
+SELECT sae, feature, context, activation FROM activations
+WHERE len($not_kept_tokens) > 0 AND list_contains($not_kept_tokens, sae);
 
 CREATE VIEW sampled_activations AS
 SELECT sae, feature, token // $length AS context, (token % $length)::INTEGER AS position, activation
