@@ -20,11 +20,12 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+from scipy.stats import false_discovery_control
 
 from pipelines.schema import LOCAL_BITS
 from queries import lookup
 from queries.conditional import Floats, Ints, p_values
-from queries.odds import false_discovery_rates, mantel_haenszel
+from queries.odds import mantel_haenszel
 from queries.relations import name
 from sae_runtime.errors import DataError, InputError, one_line
 
@@ -370,7 +371,7 @@ def _table(found: list[dict[str, Any]]) -> pa.Table:
         if column not in ("sae", "q")
     }
     sae = np.repeat(number, [len(part["feature"]) for part in found])
-    q = false_discovery_rates(columns["p"])
+    q = false_discovery_control(columns["p"])
     strength = np.fmax(np.fmax(columns["low"], -columns["high"]), 0)
     order = np.lexsort((columns["feature"], sae, columns["p"], -strength))
     arrays = {

@@ -1,4 +1,4 @@
-"""The common odds ratio of 2x2 tables in strata, and what many tests find by chance; of many features."""
+"""The common odds ratio of 2x2 tables in strata, of many features at once."""
 
 from __future__ import annotations
 
@@ -33,12 +33,3 @@ def mantel_haenszel(fired_a: Ints, fired: Ints, units_a: Ints, units: Ints) -> t
     least = (sum_r == 0) & (sum_s > 0)
     low[least], high[least] = -np.inf, -lower_bound(fired[least], units - units_a, units)
     return estimate, low, high
-
-
-def false_discovery_rates(p: Floats) -> Floats:
-    """Benjamini and Hochberg's q of each p (as scipy.stats does it, which takes a second to import)."""
-    order = np.argsort(p)
-    ranks = np.arange(1, len(p) + 1)
-    q = np.empty(len(p))
-    q[order] = np.minimum.accumulate((p[order] * len(p) / ranks)[::-1])[::-1]
-    return np.minimum(q, 1)

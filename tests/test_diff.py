@@ -28,7 +28,7 @@ from jobs import cli
 from queries import diff as differences
 from queries.conditional import p_values, supports
 from queries.diff import COLUMNS, diff, stratified
-from queries.odds import false_discovery_rates, mantel_haenszel
+from queries.odds import mantel_haenszel
 from sae_runtime.errors import InputError
 
 SAE = tiny.SAES[0].path
@@ -192,11 +192,15 @@ def test_the_finite_bound_of_an_infinite_effect_is_exact() -> None:
     assert all(np.isnan(value[0]) for value in nothing)
 
 
-def test_q_is_scipys() -> None:
-    p = np.random.default_rng(5).random(500) ** 3
-    p[:20] = p[0]
-    np.testing.assert_allclose(false_discovery_rates(p), stats.false_discovery_control(p), rtol=1e-12)
-    assert false_discovery_rates(np.empty(0)).shape == (0,)
+def test_q_is_by_definition_over_the_tested_features_of_all_saes(tiny_index: Path) -> None:
+    """Benjamini and Hochberg: the least p m / rank of those that are not below, at most 1."""
+    table = diff(queries.connect(str(tiny_index)), "row % 2 = 0", "row % 2 <> 0", min_documents=5).table
+    p = table["p"].to_numpy()
+    assert len(set(table["sae"].to_pylist())) > 1
+    rate = p * len(p) / (p <= p[:, None]).sum(1)
+    np.testing.assert_allclose(
+        table["q"].to_numpy(), [min(1.0, rate[p >= each].min()) for each in p], rtol=1e-12
+    )
 
 
 # Sets of documents ---------------------------------------------------------------------------------
