@@ -42,9 +42,8 @@ class Param:
 
     name: str
     type: str  # SAE, FEATURE, WIDER, DOCUMENT, COLUMN, TEXT, INTEGER, COUNT, DOUBLE, LIMIT, or words a|b|c
-    default: (
-        str | None
-    )  # as a user would give it; `$name` is another parameter's value, None: it must be given
+    # As a user would give it; `$name` is another parameter's value. None: it must be given.
+    default: str | None
     words: str
 
 
