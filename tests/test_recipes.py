@@ -869,7 +869,9 @@ def test_the_command_lists_and_runs_and_shows(tiny_index: Path, plain: World) ->
 
 
 def test_a_time_limit_stops_a_recipe(tiny_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    endless = "SELECT count(*) FROM range(1_000_000_000) a, range(1_000_000_000) b WHERE a.range * b.range = 3"
+    endless = (
+        "SELECT count(*) FROM range(1_000_000_000) a, range(1_000_000_000) b WHERE a.range * b.range = 3"
+    )
     monkeypatch.setattr("queries.recipe.statement", lambda con, name, params: endless)
     done = CliRunner().invoke(cli, ["recipe", str(tiny_index), "l0_distribution", "--timeout", "0.2"])
     assert str(done.exception) == "stopped after 0.2 s, its time limit"
