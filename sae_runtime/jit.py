@@ -31,7 +31,9 @@ def _code_dir() -> Path:
 
 numba.config.CACHE_DIR = str(_code_dir())  # type: ignore[attr-defined]  # before anything is decorated
 
-jit = numba.njit(cache=True, nogil=True)
+# Said outright, for what is left unsaid is inherited from the function that is being compiled: called from
+# a `summed` one first, products and sums would be fused into one rounding.
+jit = numba.njit(cache=True, nogil=True, fastmath=False)
 _intrinsic: Any = intrinsic  # whose first argument callers do not give
 inlined = numba.njit(cache=True, inline="always")
 # Sums whose order the compiler may choose: one order for one machine, and any is float32's.

@@ -79,7 +79,7 @@ class TorchEncoder(Encoder):
 
     def __init__(self, weights: SaeWeights, device: torch.device) -> None:
         super().__init__(weights, device)
-        self.loops = False
+        self.loops, self.screen = False, None
 
 
 @pytest.mark.parametrize("kind", [Encoder, TorchEncoder])
