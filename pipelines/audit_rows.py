@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.schema import LOCAL_BITS, WINDOW
+from pipelines.schema import LOCAL_BITS, NEAR, WINDOW
 
 Said = Iterator[tuple[str, str]]  # (check, detail) of faults
 
@@ -28,6 +28,7 @@ CHECKS = {
     "top_contexts": (ORDER, KEYS, VALUES, COUNTS, WINDOWS),
     "sampled_contexts": (ORDER, KEYS, VALUES, COUNTS, WINDOWS),
     "sampled_merged": (ORDER, KEYS, VALUES, COUNTS, WINDOWS),
+    "pages": (ORDER, KEYS, VALUES, COUNTS, WINDOWS),
     "saes": (KEYS, COUNTS),
     "contexts": (ORDER, KEYS, COUNTS),
     "documents": (ORDER, KEYS, COUNTS),
@@ -80,6 +81,7 @@ class RowChecks:
             "top_contexts": self._top,
             "sampled_contexts": self._sampled,
             "sampled_merged": self._sampled,
+            "pages": self._pages,
             "saes": self._saes,
             "contexts": self._contexts,
             "documents": self._documents,
@@ -171,6 +173,21 @@ class RowChecks:
         if len(feature) and np.bincount(feature - feature.min()).max() > self._rule.top_k:
             yield COUNTS, f"a feature has more than {self._rule.top_k} rows"
 
+    def _pages(self, batch: pa.RecordBatch) -> Said:
+        rank, position = _numbers(batch, "rank"), _numbers(batch, "position")
+        yield from self._ordered(batch, rank)
+        yield from self._keys(batch)
+        yield from self._lists(batch)
+        if (rank < 1).any() or (rank > self._rule.top_k).any():
+            yield COUNTS, f"ranks are not from 1 to {self._rule.top_k}"
+        row, token = _flat(batch, "tokens")
+        if (token < 0).any() or (token >= self._rule.tokens).any():
+            yield VALUES, "tokens are not of the vocabulary"
+        sizes = np.bincount(row, minlength=len(rank))
+        first = _numbers(batch, "first")
+        if (first != np.maximum(position - NEAR, 0)).any() or (sizes <= position - first).any():
+            yield WINDOWS, "tokens do not reach to the maximum"
+
     def _sampled(self, batch: pa.RecordBatch) -> Said:
         feature, stratum = _numbers(batch, "feature"), _numbers(batch, "stratum").astype(np.int64)
         context, population = _numbers(batch, "context"), _numbers(batch, "population")
@@ -191,20 +208,32 @@ class RowChecks:
         if np.unique(key, return_counts=True)[1].max(initial=0) > self._rule.sample_k:
             yield COUNTS, f"a stratum has more than {self._rule.sample_k} rows"
 
-    def _windows(self, batch: pa.RecordBatch) -> Said:
-        """Keys, values and windows of top and sampled contexts."""
-        context, position = _numbers(batch, "context"), _numbers(batch, "position")
-        activation = _numbers(batch, "activation")
-        yield from self._owned(context >> LOCAL_BITS)
-        yield from _activation(activation)
+    def _keys(self, batch: pa.RecordBatch) -> Said:
+        """Keys and values of top and sampled contexts."""
+        position = _numbers(batch, "position")
+        yield from self._owned(_numbers(batch, "context") >> LOCAL_BITS)
+        yield from _activation(_numbers(batch, "activation"))
         if (position < 0).any() or (position >= self._rule.length).any():
             yield KEYS, f"positions lie outside contexts of {self._rule.length} tokens"
+
+    def _windows(self, batch: pa.RecordBatch) -> Said:
+        """The same, and their windows where there are to be some."""
+        yield from self._keys(batch)
         kept = self._sae is not None and self._rule.keeps.get(self._sae) == "tokens"
         offsets, values = batch.column("offsets"), batch.column("values")
         if kept:
             if offsets.null_count + values.null_count != 2 * len(offsets):
                 yield WINDOWS, "windows are there though `keep: tokens` has the rows"
             return
+        yield from self._lists(batch)
+
+    def _lists(self, batch: pa.RecordBatch) -> Said:
+        """Windows."""
+        activation, offsets, values = (
+            _numbers(batch, "activation"),
+            batch.column("offsets"),
+            batch.column("values"),
+        )
         if offsets.null_count or values.null_count:
             yield WINDOWS, "windows are not there"
             return
@@ -218,7 +247,7 @@ class RowChecks:
         if (np.abs(offset) > WINDOW).any() or ((np.diff(row) == 0) & (np.diff(offset) <= 0)).any():
             yield WINDOWS, f"offsets are not in order, or beyond {WINDOW}"
         middle = offset == 0
-        if middle.sum() != len(context) or (value[middle] != activation[row[middle]]).any():
+        if middle.sum() != len(activation) or (value[middle] != activation[row[middle]]).any():
             yield WINDOWS, "a window does not have the activation in its middle"
         if (np.abs(value) > np.abs(activation[row])).any():
             yield WINDOWS, "a window has something higher than the context's maximum"

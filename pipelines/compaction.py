@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 from pipelines.contents import Contents, Registered, contents, facts_of, members, resolve, resolve_each
 from pipelines.faults import crash
 from pipelines.ledger import Commit, DataFileRecord
-from pipelines.merge import MergeRule, Part, merge_keyed, merge_rows, merge_summaries
+from pipelines.merge import MergeRule, Part, merge_keyed, merge_pages, merge_rows, merge_summaries
 from pipelines.ordinals import InOrder, Ranges, pack, unpack, without
-from pipelines.schema import DATA, REPLACED, UNIT_FACTS, UNITS
+from pipelines.schema import DATA, KEYED, REPLACED, ROWS, UNIT_FACTS, UNITS
 from pipelines.snapshots import (
     Files,
     Node,
@@ -55,6 +55,9 @@ PART_ROWS = 1 << 26
 MAX_PIECES = 128  # merged at once
 TASK_ROWS = 1 << 26  # of activations, that one task merges
 FILE_BYTES = 1 << 28
+PAGE_BYTES = 100  # of a top context in `pages`
+PAGE_FILE_BYTES = 1 << 22  # a page is asked of one such file, whose footer is read first
+PAGES_SHARE = 32  # of the index is more than they take, or there are none
 MAX_AGE = 6 * 3600.0  # seconds after which work is dropped; gc leaves it alone for four times that
 
 
@@ -93,7 +96,7 @@ class Task:
     """What one worker merges: everything of one kind, or of one range of SAEs."""
 
     index: str
-    what: str  # rows | keyed | summaries
+    what: str  # rows | keyed | summaries | pages
     parts: tuple[Part, ...]
     saes: tuple[str, ...]
     rule: MergeRule
@@ -111,6 +114,8 @@ def perform(task: Task) -> dict[str, list[DataFileRecord]]:
         return merge_keyed(store, task.parts, task.rule, task.stem, task.omit)
     if task.what == "rows":
         return merge_rows(store, task.parts, task.saes, task.rule, task.stem, task.omit)
+    if task.what == "pages":
+        return merge_pages(store, task.parts, task.saes, task.rule, task.stem)
     return merge_summaries(store, task.parts, task.saes, task.rule, task.stem)
 
 
@@ -380,14 +385,26 @@ def _merge_node(found: Contents, job: NodeJob, run: Perform) -> Node:
     stem = f"node-{job.level:02d}-{job.first:09d}-{uuid.uuid4().hex[:8]}"
     rows = sum(_rows(n.files.get("top_contexts", ())) for n in nodes)
     rows += _own_rows(commits, "top_contexts")
+    shares = _shares(found, rows)
     files = _collect(
         run(
             [
                 Task(store.uri, "summaries", tuple(parts), saes, rule, f"{stem}-{number:03d}")
-                for number, saes in enumerate(_shares(found, rows))
+                for number, saes in enumerate(shares)
             ]
         )
     )
+    if job.level == TOP and _worth_pages(found, files):
+        inputs = {
+            kind: tuple(file.path for file in found.files(kind)) for kind in ("contexts", "activations")
+        }
+        part = Part((job.first, job.stop), {**_paths(files), **inputs}, True)
+        small = replace(rule, target_bytes=PAGE_FILE_BYTES)
+        tasks = [
+            Task(store.uri, "pages", (part,), saes, small, f"{stem}-{number:03d}")
+            for number, saes in enumerate(shares)
+        ]
+        files |= _collect(run(tasks))
     crash("compact-files")
     children: list[str] = []
     for node in nodes:  # what a full compaction made is replaced by the next one's, not kept below it
@@ -396,6 +413,12 @@ def _merge_node(found: Contents, job: NodeJob, run: Perform) -> Node:
     made = Node(manifest_name(stem), job.level, job.first, job.stop, digest, files, tuple(children))
     write_node(store, made)
     return made
+
+
+def _worth_pages(found: Contents, files: Files) -> bool:
+    """Whether `pages` would be a small part of the index."""
+    size = sum(file.bytes for kind in (*ROWS, *KEYED) for file in found.files(kind))
+    return size >= PAGES_SHARE * PAGE_BYTES * _rows(files.get("top_contexts", ()))
 
 
 def _publish(store: Store, made: Made, began: float) -> Made:

@@ -156,6 +156,8 @@ class Contents:
         """The files that hold the rows of a kind, or its summaries, of all shown units."""
         if kind in SUMMARIES:
             nodes, alone = self.summed
+            if kind == "pages" and (len(nodes) != 1 or len(alone)):
+                return []  # theirs would be the best of a part
             return [*_of(nodes, kind), *_own(self.commits_of(alone), kind)]
         if kind not in (*ROWS, *KEYED):
             raise KeyError(kind)

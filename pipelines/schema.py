@@ -14,8 +14,8 @@ Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit
 rows is context * context length + position. Dense ordinals keep the position column small (design
 note: 3.2 bytes a row at density 1e-5, against 6.2 with hashed keys).
 Every data file is sorted by (sae, feature, ...) within runs of row groups; no row group has two SAEs.
-Merged files (pipelines/merge.py) are data/<kind>/<stem>-<number>.parquet, of the same columns; two kinds
-are found among them alone: by_document, and sampled_merged in place of sampled_contexts.
+Merged files (pipelines/merge.py) are data/<kind>/<stem>-<number>.parquet, of the same columns; three kinds
+are found among them alone: by_document, pages, and sampled_merged in place of sampled_contexts.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ LOCAL_BITS = 20
 LOCAL_MAX = 1 << LOCAL_BITS
 SAMPLE_BITS = 24  # sums over the sample are in units of 2^-24
 WINDOW = 64  # positions on either side of a maximum; sae_runtime/summaries.py gathers as many
+NEAR = 24  # tokens on either side that a page about a feature shows
 
 INDEX = "index.json"
 VOCABULARY = "vocabulary.parquet"
@@ -141,6 +142,18 @@ SCHEMAS: dict[str, pa.Schema] = {
             *_WINDOW,
         ]
     ),
+    # The top contexts of the whole index once more, by feature and rank, with windows and the tokens around.
+    "pages": _full(
+        [
+            _SAE,
+            _FEATURE,
+            ("rank", pa.int32()),
+            *_WINDOW,
+            ("document", pa.int64()),
+            ("first", pa.int32()),  # place of the first of `tokens` in the context
+            ("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False))),
+        ]
+    ),
     # One row an SAE. The sample is every 64th counted token of the unit. Sums are rounded once a unit.
     "saes": pa.schema(
         [
@@ -160,11 +173,11 @@ SCHEMAS: dict[str, pa.Schema] = {
 KINDS = ("documents", *SCHEMAS)
 ROWS = ("activations", "document_features", "by_document")  # of SAEs, merged over many units
 # Sorted by SAE and feature in merged files, of which each row group has one SAE.
-BY_FEATURE = ("activations", "document_features", "features", "top_contexts", "sampled_merged")
+BY_FEATURE = ("activations", "document_features", "features", "top_contexts", "sampled_merged", "pages")
 KEYED = ("documents", "segments", "contexts", "quarantine")  # in order of their keys
 # Of a unit in a run, whose summaries stay, and so its contexts, from whose place samples are drawn.
 REPLACED = ("activations", "document_features", "documents", "segments", "quarantine")
-SUMMARIES = ("features", "top_contexts", "sampled_contexts", "sampled_merged", "saes")
+SUMMARIES = ("features", "top_contexts", "sampled_contexts", "sampled_merged", "pages", "saes")
 
 # Facts of features that do not come from the corpus, by SAE and feature; annotations/ names their files.
 FACTS: dict[str, pa.Schema] = {

@@ -51,6 +51,7 @@ _ENCODINGS = {
     "top_contexts": _WINDOW,
     "sampled_contexts": _WINDOW,
     "sampled_merged": {**_WINDOW, "hash": "PLAIN"},
+    "pages": _WINDOW,
 }
 
 

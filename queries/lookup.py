@@ -18,7 +18,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from pipelines.schema import WINDOW
+from pipelines.schema import NEAR, WINDOW
 from queries.pruning import Held, held
 from sae_runtime.errors import CorpuscopeError, DataError, InputError, one_line
 
@@ -26,7 +26,6 @@ FEATURE_COLUMNS = (
     "feature", "n_tokens", "n_contexts", "n_documents", "density", "mean_active", "std_active", "max",
     "p50", "p90", "p99",
 )  # fmt: skip
-_NEAR = 24  # tokens shown on either side of a maximum
 _EXAMPLE = (5, 10)  # tokens before and after it in a table
 _FETCH = 10_000  # rows fetched from DuckDB at a time
 
@@ -238,9 +237,12 @@ def feature(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> di
 def _top(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> list[dict[str, Any]]:
     """A feature's k highest contexts as `top_contexts` has them, with their documents and tokens.
 
-    Where that would take windows from `activations`, they are from the files that may have the feature.
+    Where that would take windows from `activations`, they are from the files that may have the feature, and
+    from `pages` where there are.
     """
     rows = held(con, sae)
+    if rows is not None and rows.pages:
+        return _page(con, rows, sae, number, k)
     table, window = ("top_contexts", "positions") if rows is None else ("_top_contexts", "offsets")
     found = _ask(
         con,
@@ -255,7 +257,7 @@ def _top(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> list[
         WHERE t.sae = $1 AND t.feature = $2 AND t.rank <= $3
         ORDER BY t.rank
         """,
-        [sae, number, k, _NEAR],
+        [sae, number, k, NEAR],
     )
     if rows is None:
         return found
@@ -271,6 +273,24 @@ def _top(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> list[
         own = [(p, value) for p, value in near[row["context"]] if abs(p - at) <= WINDOW]
         row["positions"], row["values"] = [p for p, _ in own], [value for _, value in own]
     return found
+
+
+def _page(con: duckdb.DuckDBPyConnection, rows: Held, sae: str, number: int, k: int) -> list[dict[str, Any]]:
+    """The same from `pages`."""
+    files = rows.page_of(sae, number)
+    if not files:
+        return []
+    return _ask(
+        con,
+        """
+        SELECT t.rank, t.activation, d.id, d.corpus, d.source, d.row, t.context, t.position,
+            list_transform(t.offsets, lambda o: t.position + o) AS positions, t.values, t.first, t.tokens
+        FROM read_parquet($1) AS t JOIN documents AS d ON d.document = t.document
+        WHERE t.sae = $2 AND t.feature = $3 AND t.rank <= $4
+        ORDER BY t.rank
+        """,
+        [files, sae, number, k],
+    )
 
 
 def _annotated(con: duckdb.DuckDBPyConnection, sae: str, number: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which files may hold a feature's rows: what is asked about one feature is asked of those alone.
+"""Which files may hold a feature's rows or its page: what is asked about one feature is asked of those alone.
 
 DuckDB looks at every row group of every file for each question, 4 to 6 us each: 25 ms where a billion rows
 have 4,000. Manifests say which features a merged file has, so files of others are not opened.
@@ -23,20 +23,29 @@ Spans = dict[str, tuple[int, int]]  # SAE -> lowest and highest feature
 
 @dataclass(frozen=True)
 class Held:
-    """The files of token rows of the SAEs of one index."""
+    """Files of the SAEs of one index."""
 
     length: int  # tokens a context
     saes: frozenset[str]
-    files: tuple[tuple[str, Spans | None], ...]  # as DuckDB opens them
+    files: tuple[tuple[str, Spans | None], ...]  # of token rows, as DuckDB opens them
+    pages: tuple[tuple[str, Spans | None], ...]  # of `pages`, which say all of top contexts; or none
 
     def of(self, sae: str, feature: int) -> list[str]:
         """Those that may have rows of a feature."""
-        found = []
-        for name, spans in self.files:
-            lowest, highest = (feature, feature) if spans is None else spans.get(sae, (1, 0))
-            if lowest <= feature <= highest:
-                found.append(name)
-        return found
+        return _having(self.files, sae, feature)
+
+    def page_of(self, sae: str, feature: int) -> list[str]:
+        """Those that may have the page of a feature."""
+        return _having(self.pages, sae, feature)
+
+
+def _having(files: Sequence[tuple[str, Spans | None]], sae: str, feature: int) -> list[str]:
+    found = []
+    for name, spans in files:
+        lowest, highest = (feature, feature) if spans is None else spans.get(sae, (1, 0))
+        if lowest <= feature <= highest:
+            found.append(name)
+    return found
 
 
 _held: WeakKeyDictionary[duckdb.DuckDBPyConnection, Held] = WeakKeyDictionary()
@@ -47,9 +56,12 @@ def remember(con: duckdb.DuckDBPyConnection, found: Sequence[Contents]) -> None:
     first = found[0]
     if len(first.hidden):
         return
-    files = tuple((url(0, file.path), file.spans) for file in first.files("activations"))
+    files, pages = (
+        tuple((url(0, file.path), file.spans) for file in first.files(kind))
+        for kind in ("activations", "pages")
+    )
     saes = frozenset(sae["id"] for sae in first.identity["saes"])
-    _held[con] = Held(int(first.identity["fixed"]["context.length"]), saes, files)
+    _held[con] = Held(int(first.identity["fixed"]["context.length"]), saes, files, pages)
 
 
 def held(con: duckdb.DuckDBPyConnection, sae: str) -> Held | None:

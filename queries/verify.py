@@ -24,7 +24,7 @@ from duckdb.func import ARROW
 from pipelines.audit import audit
 from pipelines.contents import Contents, contents
 from pipelines.findings import Fault, Findings
-from pipelines.schema import sample_seed
+from pipelines.schema import NEAR, sample_seed
 from pipelines.storage import Store
 from queries.connect import fill, opened, resolved, values
 from queries.relations import literal, texts
@@ -47,7 +47,7 @@ class _Statement:
     sql: str
     table: str  # "" where it prepares
     check: str
-    wants: str  # what an SAE has to keep: "" | documents | rows | all rows
+    wants: str  # what an SAE has to keep: "" | documents | rows | all rows; or "pages", where there are
 
 
 def verify(
@@ -97,8 +97,9 @@ def _compared(found: Contents, told: Callable[[str], None], memory: str) -> Find
             for sae in found.identity["saes"]:
                 told(sae["id"])
                 own = filled | _of(sae)
+                wanted = (*_kept(sae["keep"]), *(["pages"] if found.files("pages") else []))
                 for statement in _read("verify_saes.sql"):
-                    if statement.wants in _kept(sae["keep"]):
+                    if statement.wants in wanted:
                         _ask(con, statement, own, f"{statement.table} of {sae['id']}", findings)
         finally:
             con.close()
@@ -151,6 +152,7 @@ def _settings(found: Contents) -> dict[str, str]:
     fixed = found.identity["fixed"]
     exclude = list(fixed["context.exclude"])
     return {
+        "near": literal(NEAR),
         "bos": literal(fixed["context.bos"]),
         "overlap": literal(int(fixed["context.overlap"])),
         "skip_first": str("first" in exclude and fixed["context.bos"] is None).lower(),

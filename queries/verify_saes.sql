@@ -1,6 +1,6 @@
 -- What `verify` asks of one SAE, $sae. A statement with a title gives one row of text for each fault; a title
 -- that ends in (documents), (rows) or (all rows) is for SAEs that keep those: `documents` or more, token rows
--- of at least a sample of documents, all token rows. The rules are the contract's, written here once more:
+-- of at least a sample of documents, all token rows; in (pages), for indexes that have them. The rules are the contract's, written here once more:
 -- nothing is taken from views but what they show.
 
 CREATE OR REPLACE TEMP TABLE _merged AS
@@ -109,6 +109,25 @@ FROM (
 ) AS w
 LEFT JOIN $contexts AS c ON c.context = w.context
 WHERE near < 0 OR NOT coalesce(c.counted[near + 1], false);
+
+-- # pages: have what the views show (pages)
+WITH written AS (
+    SELECT feature, rank, context, position, activation, offsets, values, document, first, tokens
+    FROM $pages WHERE sae = $sae
+), wanted AS (
+    SELECT
+        feature, rank, t.context, position, activation,
+        list_transform(positions, lambda p: p - position)::TINYINT[] AS offsets, values, c.document,
+        greatest(position - $near, 0)::INTEGER AS first,
+        c.tokens[greatest(position - $near, 0) + 1 : position + $near + 1] AS tokens
+    FROM top_contexts AS t JOIN $contexts AS c ON c.context = t.context
+    WHERE t.sae = $sae
+)
+SELECT 'feature ' || feature || ', rank ' || rank
+FROM (
+    (FROM written EXCEPT ALL FROM wanted)
+    UNION ALL (FROM wanted EXCEPT ALL FROM written)
+);
 
 -- # document_features: are of documents with that many tokens (documents)
 SELECT 'feature ' || feature || ', document ' || f.document

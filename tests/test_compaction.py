@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import queries
 from pipelines import compaction, contents, gc, snapshots, upkeep
 from pipelines.ordinals import InOrder, between
 from pipelines.storage import Store
+from queries import lookup
 from sae_runtime.errors import DataError
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +86,43 @@ def test_compact_then_gc_changes_no_row(
     assert (gone.removed, gone.bytes) == (kept.waiting, kept.waiting_bytes)
     same(index, wanted)
     assert gc.collect(store, 0, 0) == gc.Collected(0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("all_saes", [False, True])
+def test_pages_say_what_the_views_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_index: Path, tiny_index: Path, all_saes: bool
+) -> None:
+    """And are not read where they are of a part: SAEs of every `keep`, signed ones among them."""
+    index = Path(shutil.copytree(tiny_index if all_saes else few_index, tmp_path / "index"))
+    store = Store(str(index))
+
+    def shown() -> dict[tuple[str, int], list[dict[str, Any]]]:
+        con = queries.connect(str(index))
+        some = con.sql("SELECT sae, feature FROM features WHERE feature % 7 = 3 ORDER BY ALL").fetchall()
+        return {(sae, n): lookup.feature(con, sae, n, 5)["contexts"] for sae, n in some}
+
+    compaction.compact(store)
+    assert files(index, "pages") == [], "this index is too small for them"
+    wanted = shown()
+    assert sum(map(len, wanted.values())) > 20
+    numbers = {int(path.stem) for path in (index / "snapshots").rglob("*.json")}
+    (index / snapshots.snapshot_name(max(numbers))).unlink()  # the node is to be made once more
+    monkeypatch.setattr(compaction, "PAGES_SHARE", 0)
+    compaction.compact(store)
+    assert files(index, "pages")
+    opened: list[str] = []
+    read = lookup._page
+    monkeypatch.setattr(lookup, "_page", lambda *given: opened.append("") or read(*given))
+    assert shown() == wanted
+    assert len(opened) == len(wanted)
+    found = contents.contents(store)
+    [node], _ = found.summed
+    part = replace(node, name="manifests/part.json", stop=node.stop - 1)
+    snapshots.write_node(store, replace(part, members=contents.members(found.registered.live, 0, part.stop)))
+    newest = snapshots.newest(store)
+    snapshots.publish(store, replace(newest, number=newest.number + 1, nodes=(part.name,)))
+    assert files(index, "pages") == [], "a node of some units does not know the best of all"
+    assert len(contents.contents(store).summed[0]) == 1
 
 
 def test_a_features_rows_and_a_documents_rows_lie_together(index: Path) -> None:

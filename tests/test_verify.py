@@ -67,7 +67,9 @@ def small_index(
 def compact_index(tmp_path_factory: pytest.TempPathFactory, small_index: Path) -> Path:
     index = tmp_path_factory.mktemp("compact") / "index"
     shutil.copytree(small_index, index)
-    compaction.compact(Store(str(index)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compaction, "PAGES_SHARE", 0)  # so that there are pages
+        compaction.compact(Store(str(index)))
     return index
 
 
@@ -828,6 +830,20 @@ MERGED_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda i: rewrite_merged(i, "by_document", lambda t: t.take([*range(1, t.num_rows), 0])),
         "by_document: order",
     ),
+    "ranks out of order": (lambda i: rewrite_merged(i, "pages", swapped, TOKENS), "pages: order"),
+    "a rank of nobody": (lambda i: rewrite_merged(i, "pages", add("rank", -1), TOKENS), "pages: counts"),
+    "a window that is not there": (
+        lambda i: rewrite_merged(i, "pages", lambda t: put(t, 0, "offsets", None), TOKENS),
+        "pages: windows",
+    ),
+    "a token of no vocabulary": (
+        lambda i: rewrite_merged(i, "pages", lambda t: put(t, 0, "tokens", [1 << 30]), TOKENS),
+        "pages: values",
+    ),
+    "tokens from elsewhere": (
+        lambda i: rewrite_merged(i, "pages", add("first", 1), TOKENS),
+        "pages: windows",
+    ),
 }
 
 
@@ -844,8 +860,10 @@ def test_merged_tables_that_differ_are_named(tmp_path: Path, compact_index: Path
     index = copy(compact_index, tmp_path)
     rewrite_merged(index, "by_document", drop(3))
     rewrite_merged(index, "sampled_merged", add("hash", 1), NONE)
+    rewrite_merged(index, "pages", add("document", 1), TOKENS)
     faults = check(index).faults
     assert Seen("by_document", "has the rows of document_features").among(faults)
+    assert Seen(f"pages of {TOKENS}", "have what the views show").among(faults)
     assert Seen(f"sampled_contexts of {NONE}", "have their hash").among(faults)
 
 
