@@ -259,11 +259,11 @@ def sql(
 @format_option
 def feature(index: str, sae: str, number: int, k: int, format_: str) -> None:
     """One FEATURE of an SAE: its statistics and max-activating contexts, active tokens marked."""
-    from queries.lookup import CONTEXT_COLUMNS, resolve_sae
+    from queries.lookup import CONTEXT_COLUMNS, FEATURE_VIEWS, resolve_sae
     from queries.lookup import feature as look_up
     from queries.show import feature_view
 
-    con = opened(index)
+    con = opened(index, FEATURE_VIEWS)
     name = resolve_sae(con, sae)
     found = look_up(con, name, number, k)
     asked = click.get_current_context().get_parameter_source("k") is not ParameterSource.DEFAULT

@@ -13,7 +13,7 @@ import decimal
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -53,11 +53,11 @@ def uris(index: str) -> list[str]:
     return found
 
 
-def opened(index: str) -> Any:
-    """A connection to INDEX. Raises InputError, DataError."""
+def opened(index: str, views: Collection[str] | None = None) -> Any:
+    """A connection to INDEX, with some views or all. Raises InputError, DataError."""
     from queries.connect import connect
 
-    return connect(*uris(index))
+    return connect(*uris(index), views=views)
 
 
 def console(stderr: bool = False) -> Console:

@@ -33,6 +33,11 @@ _FETCH = 10_000  # rows fetched from DuckDB at a time
 CONTEXT_COLUMNS = (
     "rank", "activation", "id", "corpus", "source", "row", "context", "position", "text", "pieces",
 )  # fmt: skip
+# Views that `feature` and `resolve_sae` ask.
+FEATURE_VIEWS = (
+    "_declared_saes", "_duplicates", "features", "_top_contexts", "top_contexts", "contexts", "documents",
+    "vocabulary", "explanations", "feature_tokens", "feature_neighbours",
+)  # fmt: skip
 _READING = "only reading is allowed here (SELECT, FROM, DESCRIBE, …)"
 _EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?(\(\s*(FORMAT|ANALYZE)\b[^)]*\)\s*)?", re.IGNORECASE)
 
@@ -295,6 +300,9 @@ def _page(con: duckdb.DuckDBPyConnection, rows: Held, sae: str, number: int, k: 
 
 def _annotated(con: duckdb.DuckDBPyConnection, sae: str, number: int) -> dict[str, Any]:
     """What `annotate` has added to a feature; empty lists where it has not."""
+    known = held(con, sae)
+    if known is not None and not known.annotated:
+        return {"explanations": [], "top_tokens": [], "bottom_tokens": [], "neighbours": []}
     tokens = _ask(
         con,
         """

@@ -29,6 +29,7 @@ class Held:
     saes: frozenset[str]
     files: tuple[tuple[str, Spans | None], ...]  # of token rows, as DuckDB opens them
     pages: tuple[tuple[str, Spans | None], ...]  # of `pages`, which say all of top contexts; or none
+    annotated: bool  # there is something that `annotate` added
 
     def of(self, sae: str, feature: int) -> list[str]:
         """Those that may have rows of a feature."""
@@ -61,7 +62,8 @@ def remember(con: duckdb.DuckDBPyConnection, found: Sequence[Contents]) -> None:
         for kind in ("activations", "pages")
     )
     saes = frozenset(sae["id"] for sae in first.identity["saes"])
-    _held[con] = Held(int(first.identity["fixed"]["context.length"]), saes, files, pages)
+    annotated = any(each.annotations.files for each in found)
+    _held[con] = Held(int(first.identity["fixed"]["context.length"]), saes, files, pages, annotated)
 
 
 def held(con: duckdb.DuckDBPyConnection, sae: str) -> Held | None:

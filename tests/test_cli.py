@@ -26,7 +26,9 @@ import torch
 from rich.cells import cell_len
 from rich.console import Console
 
+import queries
 from jobs import cli, output
+from queries import lookup
 from queries.lookup import join_pieces
 from queries.show import feature_view, shaded, visible
 
@@ -515,6 +517,16 @@ def test_feature_and_sae_names(corpuscope: Any, tiny_index: Path) -> None:
     )
     for name in (SAE, "layer_1/width_37/average_l0_2", "average_l0_2", "l0_2"):
         assert corpuscope("feature", tiny_index, name, "1", "--format", "json").rows[0]["sae"] == SAE
+
+
+def test_feature_asks_no_view_that_it_does_not_open(tiny_index: Path) -> None:
+    whole, some = (
+        queries.connect(str(tiny_index)),
+        queries.connect(str(tiny_index), views=lookup.FEATURE_VIEWS),
+    )
+    for sae, number in whole.sql("SELECT sae, feature FROM features WHERE feature % 29 = 0").fetchall():
+        assert lookup.resolve_sae(some, sae) == sae
+        assert lookup.feature(some, sae, number, 3) == lookup.feature(whole, sae, number, 3)
 
 
 def test_features_sorts_both_ways(corpuscope: Any, tiny_index: Path) -> None:

@@ -128,6 +128,25 @@ def test_what_is_free_in_a_connection(con: duckdb.DuckDBPyConnection) -> None:
     assert con.sql("SELECT (SELECT count(*) > 0 FROM mine), twice(a) FROM given").fetchall() == [(True, 6)]
 
 
+def test_some_views_come_with_what_they_are_made_of(con: duckdb.DuckDBPyConnection, tiny_index: Path) -> None:
+    names = [
+        name for (name,) in con.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal").fetchall()
+    ]
+    assert len(names) > 20
+    some = queries.connect(str(tiny_index), views=["documents"])
+    assert some.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal").fetchall() == [
+        ("documents",)
+    ]
+    for name in names:
+        alone = queries.connect(str(tiny_index), views=[name])
+        if name not in ("activations", "_active_tokens", "document_features", "_by_document"):  # not all kept
+            assert (
+                alone.sql(f"SELECT count(*) FROM {name}").fetchall()
+                == con.sql(f"SELECT count(*) FROM {name}").fetchall()
+            )
+        alone.close()
+
+
 def test_a_query_that_does_not_fit_spills_and_leaves_nothing(tiny_index: Path) -> None:
     con = queries.connect(str(tiny_index), memory_limit="60MB", threads=2)
     ((folder,),) = con.execute("SELECT value FROM duckdb_settings() WHERE name = 'temp_directory'").fetchall()
