@@ -18,6 +18,10 @@ import pytest
 import yaml
 from autoscaling import launched
 
+from jobs.specfile import load_spec
+from pipelines import lease
+from pipelines.scheduler import Policy
+
 ROOT = Path(__file__).parent.parent
 CONFIG = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
 TYPES = CONFIG["available_node_types"]
@@ -187,7 +191,7 @@ def known_to_ray(name: str) -> bool:
         return True
     if any(
         f'"{name}"' in file.read_text()
-        for part in ("dashboard/modules/job", "autoscaler/v2/instance_manager", "_common/usage")
+        for part in ("dashboard/modules/job", "autoscaler", "_common/usage")
         for file in (folder / part).rglob("*.py")
     ):
         return True
@@ -207,6 +211,61 @@ def test_health_checks_are_rays_own():
     assert len(spelt) == 4
     for name, value in spelt.items():
         assert getattr(ray._config, name.removeprefix("RAY_"))() == int(value), name
+
+
+# --- the page
+
+
+PAGE = (ROOT / "docs/CLUSTER.md").read_text()
+
+
+def test_the_page_explains_every_flag_variable_and_key(started):
+    flags = {part.split("=")[0] for arguments, _ in started.values() for part in arguments[1:]}
+    keys = {
+        "max_workers",
+        "upscaling_speed",
+        "idle_timeout_minutes",
+        "idle_timeout_s",
+        "priority",
+        "VolumeSize",
+    }
+    for name in {*flags - {"--head", "--address"}, *ray_variables(), *keys}:
+        assert f"`{name}`" in PAGE, name
+    rows = {name.strip("` "): value for name, value in re.findall(r"^\| ([^|]+) \| ([^|]+) \|", PAGE, re.M)}
+    assert rows["max_workers"].startswith(f"{CONFIG['max_workers']},")
+    assert float(rows["upscaling_speed"]) == CONFIG["upscaling_speed"]
+    assert rows["VolumeSize"].startswith(
+        f"{HEAD['node_config']['BlockDeviceMappings'][0]['Ebs']['VolumeSize']} GB"
+    )
+    spot, other = WORKERS["gpu-spot"], WORKERS["gpu-on-demand"]
+    assert rows["priority"] == f"{spot['priority']} spot, {other['priority']} on demand"
+    assert rows["idle_timeout_s"] == f"{spot['idle_timeout_s']} spot, {other['idle_timeout_s']} on demand"
+    for machine in (HEAD, spot):
+        assert machine["node_config"]["InstanceType"] in PAGE
+    assert CONFIG["metadata"]["image"] in PAGE
+
+
+def test_variables_of_the_page_are_rays():
+    named = set(re.findall(r"\bRAY_[A-Za-z_]+[a-zA-Z]\b", PAGE))
+    assert len(named) > 8
+    assert not {name for name in named if not known_to_ray(name)}
+
+
+def test_times_of_the_page_are_the_leases_and_the_schedulers():
+    told = re.sub(r"\s+", " ", PAGE)
+    assert f"watching for {lease.STALE:.0f} s whether it lives" in told
+    assert f"comes every {lease.EVERY:.0f} s, must stand still for {lease.STALE:.0f} s" in told
+    assert f"up to {lease._RECENT:.0f} s" in told
+    assert f"fails for good after {Policy().infrastructure_tries} such losses" in told
+    assert f"given up after {Policy().task_tries} tries" in told
+    assert Policy().memory_tries == 3  # "tried twice more"
+
+
+def test_the_spec_of_the_page_is_a_spec(tmp_path):
+    [text] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "spec.yaml").write_text(text)
+    spec, _ = load_spec(str(tmp_path / "spec.yaml"))
+    assert (spec.model.device, spec.index) == ("cuda", "s3://my-bucket/index")
 
 
 # --- what Ray's autoscaler makes of it

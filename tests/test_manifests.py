@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,6 +148,17 @@ def test_a_spec_that_would_not_wait_for_gpus(text):
     with pytest.raises(InputError, match=r"device: cuda|cannot be read") as caught:
         rayjob("scan", ENTRYPOINT, text)
     assert "\n" not in str(caught.value)
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    [code] = re.findall(
+        r"```python\n(.*?)```", (FOLDER.parent.parent / "docs/CLUSTER.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "spec.yaml").write_text(SPEC_TEXT)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "CLUSTER.md", "exec"), {})
+    for item in yaml.safe_load_all(capsys.readouterr().out):
+        check(item)
 
 
 # --- what Ray makes of them
