@@ -5,12 +5,18 @@ Commands that a machine would run are run here, in a temporary home, with someth
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +301,98 @@ def test_the_remedy_of_the_page_works(full):
     assert launched(changed, 3, ACTOR) == {"gpu-on-demand": 3}
     # Actors that ask for a market by label are given it, whatever the priorities are.
     assert launched(full, 3, ACTOR, market="on-demand") == {"gpu-on-demand": 3}
+
+
+# --- Ray itself, on loopback
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
+
+
+LOOK = """
+import json, sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+@ray.remote(num_cpus=2, num_gpus=1)
+class Actor:
+    def seen(self):
+        import os
+        return dict(os.environ)
+found = ray.get(Actor.remote().seen.remote(), timeout=90)
+nodes = [[n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0)] for n in ray.nodes() if n["Alive"]]
+print(json.dumps([nodes, found]))
+"""
+
+
+@pytest.mark.cluster
+def test_ray_starts_as_the_file_says_and_an_actor_lands_on_the_worker(started, tmp_path):
+    port, folder = free_port(), tempfile.mkdtemp(prefix="r", dir="/tmp")
+    shared = {
+        "HOME": str(tmp_path),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "disabled",
+    }
+    processes = []
+    try:
+        for kind, machine in (("head", HEAD), ("worker", WORKERS["gpu-spot"])):
+            arguments, environment = started[kind]
+            own = [
+                a
+                for a in arguments
+                if not a.startswith(("--autoscaling", "--port", "--address", "--dashboard"))
+            ]
+            own = [
+                a for a in own if not a.startswith(("--object-manager-port", "--metrics"))
+            ]  # may be taken here
+            own += [f"--port={port}", "--include-dashboard=false"] if kind == "head" else []
+            own += [] if kind == "head" else [f"--address=127.0.0.1:{port}"]
+            own += ["--node-ip-address=127.0.0.1", "--block"]
+            own += [f"--temp-dir={folder}"] if kind == "head" else []
+            override = {"RAY_OVERRIDE_RESOURCES": json.dumps(machine["resources"])}  # as Ray's launcher does
+            with open(tmp_path / kind, "wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "ray.scripts.scripts", *own],
+                        env=environment | shared | override,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                    )
+                )
+            wait_for_port(port, processes[0])
+        looked = subprocess.run(
+            [sys.executable, "-c", LOOK, f"127.0.0.1:{port}"],
+            env=shared,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert looked.returncode == 0, looked.stderr + (tmp_path / "worker").read_text()
+        nodes, environment = json.loads(looked.stdout.splitlines()[-1])
+        assert sorted(nodes) == [[0, 0], [16, 1]]
+        assert {name: environment.get(name) for name in ray_variables()} == ray_variables()
+        assert environment["CORPUSCOPE_CACHE"].startswith("/opt/dlami/nvme/")
+        assert environment["OMP_NUM_THREADS"] == "2"  # what the actor asked for, not the launcher's 1
+    finally:
+        for process in reversed(processes):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in processes:
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
+    limit = time.monotonic() + 90
+    while time.monotonic() < limit and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.2)
+    raise AssertionError("the head did not come up")
