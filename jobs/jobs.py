@@ -1,0 +1,71 @@
+"""`corpuscope jobs`: the submitted scans of a cluster: which there are, what they print, an end to one.
+
+Invariant: only scans that `submit` started are listed, followed or stopped; other jobs of the cluster are
+left alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+
+import click
+
+from jobs.output import format_option, message, print_rows
+from jobs.submit import STOP_SECONDS, address_option, follow
+from sae_runtime.errors import CorpuscopeError
+from sae_runtime.terminal import plain
+
+_PATIENCE = 30.0  # seconds beyond what a job that is stopped has for tidying up
+
+
+@click.group(invoke_without_command=True)
+@address_option
+@format_option
+@click.pass_context
+def jobs(context: click.Context, address: str, format_: str) -> None:
+    """Submitted scans of a cluster: a table of them, or `logs` and `stop` of one."""
+    context.obj = address
+    if context.invoked_subcommand is not None:
+        return
+    from jobs.rayjobs import Jobs, ScanJob
+
+    print_rows(map(asdict, Jobs(address).every()), format_, [field.name for field in fields(ScanJob)])
+
+
+@jobs.command()
+@click.argument("id")
+@click.option(
+    "-f", "--follow", "followed", is_flag=True, help="Until it ends; then with the scan's exit code."
+)
+@click.pass_obj
+def logs(address: str, id: str, followed: bool) -> None:
+    """What the job ID has printed."""
+    from jobs.rayjobs import Jobs
+
+    def show(line: str) -> None:
+        click.echo(plain(line))
+
+    cluster = Jobs(address)
+    cluster.job(id)
+    if followed:
+        follow(cluster, id, show)
+    for line in cluster.logs(id).splitlines():
+        show(line)
+
+
+@jobs.command()
+@click.argument("id")
+@click.pass_obj
+def stop(address: str, id: str) -> None:
+    """Stop the job ID, and wait until it has stopped; committed units stay."""
+    from jobs.rayjobs import Jobs
+
+    cluster = Jobs(address)
+    if cluster.job(id).over:
+        message(f"{id} is over already: {cluster.exit_code(id)[1]}")
+        return
+    cluster.stop(id)
+    job = cluster.wait(id, STOP_SECONDS + _PATIENCE)
+    if not job.over:
+        raise CorpuscopeError(f"{id} is {job.state} still, though it was asked to stop; look at its log")
+    message(f"{id}: {cluster.exit_code(id)[1]}")
