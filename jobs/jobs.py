@@ -50,7 +50,7 @@ def logs(address: str, id: str, followed: bool) -> None:
     if followed:
         follow(cluster, id, show)
     for line in cluster.logs(id).splitlines():
-        show(line)
+        show(line.expandtabs(4))
 
 
 @jobs.command()

@@ -39,6 +39,11 @@ _ANSWER_SECONDS = 60.0
 _LOOK_EVERY = 2.0  # seconds between looks at a job that is followed
 _AWAY_SECONDS = 60.0  # without an answer, after which a cluster is taken for lost
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_TALKERS = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)  # they tell of every upload
 _NEVER = datetime.datetime.min.replace(tzinfo=datetime.timezone.utc)
 _T = TypeVar("_T")
 
@@ -233,7 +238,7 @@ class _Follower:
     def _take(self, text: str) -> None:
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
-            self._show(line)
+            self._show(line.expandtabs(4))
 
     def _rest(self) -> None:
         """What the stream did not bring, as it broke off or the job was over before it began."""
@@ -243,7 +248,7 @@ class _Follower:
             text = ""
         self._take(text[self._taken :])
         if self._line:
-            self._show(self._line)
+            self._take("\n")
 
 
 def _client(address: str) -> Any:
@@ -251,7 +256,8 @@ def _client(address: str) -> Any:
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
         raise InputError("Ray is not installed; pip install 'ray[default]'") from error
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every upload
+    for name in _TALKERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
     with _without(*_OVERRIDES):
         try:
             return JobSubmissionClient(address)
