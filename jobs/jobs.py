@@ -7,6 +7,7 @@ left alone.
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,21 +16,25 @@ from jobs.submit import STOP_SECONDS, address_option, follow
 from sae_runtime.errors import CorpuscopeError
 from sae_runtime.terminal import plain
 
+if TYPE_CHECKING:
+    from jobs.rayjobs import Jobs
+
 _PATIENCE = 30.0  # seconds beyond what a job that is stopped has for tidying up
 
 
 @click.group(invoke_without_command=True)
-@address_option
+@address_option(required=False)
 @format_option
 @click.pass_context
-def jobs(context: click.Context, address: str, format_: str) -> None:
+def jobs(context: click.Context, address: str | None, format_: str) -> None:
     """Submitted scans of a cluster: a table of them, or `logs` and `stop` of one."""
     context.obj = address
     if context.invoked_subcommand is not None:
         return
-    from jobs.rayjobs import Jobs, ScanJob
+    from jobs.rayjobs import ScanJob
 
-    print_rows(map(asdict, Jobs(address).every()), format_, [field.name for field in fields(ScanJob)])
+    every = _cluster(context, None).every()
+    print_rows(map(asdict, every), format_, [field.name for field in fields(ScanJob)])
 
 
 @jobs.command()
@@ -37,15 +42,15 @@ def jobs(context: click.Context, address: str, format_: str) -> None:
 @click.option(
     "-f", "--follow", "followed", is_flag=True, help="Until it ends; then with the scan's exit code."
 )
-@click.pass_obj
-def logs(address: str, id: str, followed: bool) -> None:
+@address_option(required=False)
+@click.pass_context
+def logs(context: click.Context, id: str, followed: bool, address: str | None) -> None:
     """What the job ID has printed."""
-    from jobs.rayjobs import Jobs
 
     def show(line: str) -> None:
         click.echo(plain(line))
 
-    cluster = Jobs(address)
+    cluster = _cluster(context, address)
     cluster.job(id)
     if followed:
         follow(cluster, id, show)
@@ -55,12 +60,11 @@ def logs(address: str, id: str, followed: bool) -> None:
 
 @jobs.command()
 @click.argument("id")
-@click.pass_obj
-def stop(address: str, id: str) -> None:
+@address_option(required=False)
+@click.pass_context
+def stop(context: click.Context, id: str, address: str | None) -> None:
     """Stop the job ID, and wait until it has stopped; committed units stay."""
-    from jobs.rayjobs import Jobs
-
-    cluster = Jobs(address)
+    cluster = _cluster(context, address)
     if cluster.job(id).over:
         message(f"{id} is over already: {cluster.exit_code(id)[1]}")
         return
@@ -69,3 +73,13 @@ def stop(address: str, id: str) -> None:
     if not job.over:
         raise CorpuscopeError(f"{id} is {job.state} still, though it was asked to stop; look at its log")
     message(f"{id}: {cluster.exit_code(id)[1]}")
+
+
+def _cluster(context: click.Context, address: str | None) -> Jobs:
+    """The cluster of --address, which may stand before or after the word `logs` or `stop`."""
+    from jobs.rayjobs import Jobs
+
+    found = address or context.obj
+    if found is None:
+        raise click.UsageError("Missing option '--address'.", context)
+    return Jobs(found)

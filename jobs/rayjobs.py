@@ -36,7 +36,7 @@ _ENDED = {
 }  # by the exit code of the scan
 _REACH_SECONDS = 10.0
 _ANSWER_SECONDS = 60.0
-_LOOK_EVERY = 2.0  # seconds between looks at a job that is followed
+_LOOK_EVERY = 1.0  # seconds between looks at a job that is followed
 _AWAY_SECONDS = 60.0  # without an answer, after which a cluster is taken for lost
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _TALKERS = (
@@ -136,7 +136,7 @@ class Jobs:
         """The job once it is over, or as it is after that time."""
         until = time.monotonic() + seconds
         while not (job := self.job(id)).over and time.monotonic() < until:
-            time.sleep(_LOOK_EVERY / 4)
+            time.sleep(_LOOK_EVERY / 2)
         return job
 
     def follow(self, id: str, show: Callable[[str], None]) -> ScanJob:
@@ -214,7 +214,7 @@ class _Follower:
                 raise _lost(self._jobs.address, self._id) from error
             heard = time.monotonic()
             if job.over:
-                await asyncio.wait({stream}, timeout=2 * _LOOK_EVERY)
+                await asyncio.wait({stream}, timeout=4 * _LOOK_EVERY)
                 stream.cancel()
                 self._rest()
                 return job

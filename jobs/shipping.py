@@ -1,12 +1,14 @@
 """What a submitted scan takes along: the code, the resolved spec, its template files. Nothing else.
 
-Invariant: the folder is made of named parts (modules and SQL of the four packages, the spec, chat templates),
-so data, weights and environments cannot slip in; and what the spec names is either there or seen by every
+Invariant: it is made of named parts (modules and SQL of the four packages, the spec, chat templates), so
+data, weights and environments cannot slip in; and what the spec names is either there or seen by every
 machine of the cluster. The same scan has the same `run`, whoever submits it from wherever.
 
-The shipped code goes before a corpuscope that the cluster has installed: a job's folder comes first among the
-places that Python imports from. What the code needs (torch, transformers, ...) is the cluster's own. The
-folder of this project has 1.6 MB, 0.5 MB as Ray sends it.
+The shipped code goes before a corpuscope that the cluster has installed: Python looks at a job's own folders
+first. What the code needs (torch, transformers, ...) is the cluster's own. Ray names a folder after what is
+in it, so the packages are sent apart from the spec: with another spec they are neither sent nor compiled
+again. A scan of 24 tiny units took 20 s as the first job of a head and 6 s as the next ones, which had other
+specs (2 cores, 2026-11-23).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from sae_runtime.errors import InputError, one_line
 SPEC = "spec.yaml"
 _PACKAGES = ("sae_runtime", "pipelines", "queries", "jobs")
 _ENDINGS = (".py", ".sql")
-_LIMIT = 32 << 20  # bytes of a folder; Ray's own is 512 MiB, which every node would download
+_LIMIT = 32 << 20  # bytes; Ray's own limit is 512 MiB, which every node would download
 _OWN = ("memory", "file", "local")  # schemes of what is on this machine, or in this process
 _TEMPLATE_LIMIT = 1 << 20  # bytes
 
@@ -44,22 +46,26 @@ class Shipment:
     run: str  # what would be scanned into what: the same for the same
     index: str
     spec: str  # the path of the spec as the user gave it
-    code: str  # version and digest of the shipped code
-    files: dict[str, bytes]  # by path inside the job's folder
+    version: str  # and digest, of the shipped code
+    code: dict[str, bytes]  # files by path: package/module.py
+    job: dict[str, bytes]  # files of the folder that the job runs in
 
-    def write(self, folder: Path) -> None:
-        """Write the files under `folder`."""
-        for name, data in self.files.items():
-            file = folder / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write all under `folder`; what of a Ray runtime environment says so."""
+        for place, files in (("code", self.code), ("job", self.job)):
+            for name, data in files.items():
+                file = folder / place / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data)
+        modules = [str(folder / "code" / package) for package in _PACKAGES]
+        return {"working_dir": str(folder / "job"), "py_modules": modules}
 
 
 def pack(path: str, index: str | None = None, shared: bool = False) -> Shipment:
     """The scan of the spec at `path` into `index`, or the spec's own, ready to be sent.
 
     Raises InputError for a wrong spec, for what only this machine can see (unless it is `shared`, and then
-    for what no other process can), for passwords in URIs, and for a folder over 32 MiB.
+    for what no other process can), for passwords in URIs, and for more than 32 MiB to send.
     """
     spec, _ = load_spec(path, index)
     for key, uri in _places(spec):
@@ -69,9 +75,9 @@ def pack(path: str, index: str | None = None, shared: bool = False) -> Shipment:
         spec.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True, width=110
     )
     code = code_files()
-    files = {**code, **templates, SPEC: text.encode()}
-    check_size(files)
-    return Shipment(_run(spec, templates), spec.index, path, _version(code), files)
+    job = {**templates, SPEC: text.encode()}
+    check_size({**code, **job})
+    return Shipment(_run(spec, templates), spec.index, path, _version(code), code, job)
 
 
 def code_files() -> dict[str, bytes]:
@@ -95,7 +101,7 @@ def check_size(files: dict[str, bytes]) -> None:
         largest = sorted(files, key=lambda name: -len(files[name]))[:3]
         named = ", ".join(f"{name} ({len(files[name]) / 1e6:,.1f} MB)" for name in largest)
         raise InputError(
-            f"the job's folder would have {total / 1e6:,.0f} MB, and at most {_LIMIT / 1e6:,.0f} MB are "
+            f"the job would take along {total / 1e6:,.0f} MB, and at most {_LIMIT / 1e6:,.0f} MB are "
             f"shipped; the largest are {named}: take them out of the packages"
         )
 

@@ -16,7 +16,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -26,15 +26,19 @@ from sae_runtime.errors import InputError, Interrupted
 if TYPE_CHECKING:
     from jobs.rayjobs import Jobs
 
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 STOP_SECONDS = 30  # between asking a job to end and killing it
 
-address_option = click.option(
-    "--address",
-    metavar="URL",
-    required=True,
-    envvar="RAY_API_SERVER_ADDRESS",
-    help="The cluster's dashboard, http://HOST:8265; or RAY_API_SERVER_ADDRESS in the environment.",
-)
+
+def address_option(required: bool) -> Callable[[_Command], _Command]:
+    """--address of a cluster's dashboard."""
+    return click.option(
+        "--address",
+        metavar="URL",
+        required=required,
+        envvar="RAY_API_SERVER_ADDRESS",
+        help="The cluster's dashboard, http://HOST:8265; or RAY_API_SERVER_ADDRESS in the environment.",
+    )
 
 
 def _workers(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
@@ -45,7 +49,7 @@ def _workers(context: click.Context, option: click.Parameter, value: str | None)
 
 @click.command()
 @click.argument("spec")
-@address_option
+@address_option(required=True)
 @click.option("--wait", is_flag=True, help="Follow the job; end with the scan's own exit code.")
 @click.option("--shared", is_flag=True, help="Every machine of the cluster sees the spec's local paths.")
 @click.option("--index", metavar="URI", help="Scan into this index instead of the spec's.")
@@ -131,14 +135,14 @@ def submit_scan(
         "corpuscope_attempt": str(attempt),
         "corpuscope_index": shipment.index,
         "corpuscope_spec": spec,
-        "corpuscope_code": shipment.code,
+        "corpuscope_code": shipment.version,
     }
     variables = {name: os.environ[name] for name in env} | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
     with tempfile.TemporaryDirectory(prefix="corpuscope-job-") as folder:
-        shipment.write(Path(folder))
+        environment = shipment.write(Path(folder)) | {"env_vars": variables}
         # exec: the job's process is the scan, not a shell in front of it.
         entrypoint = f"exec {shlex.join(command)}"
-        started = jobs.submit(id, entrypoint, {"working_dir": folder, "env_vars": variables}, metadata)
+        started = jobs.submit(id, entrypoint, environment, metadata)
     if not started:
         notice(f"note: {id} has just been submitted by another; no second job is started")
     elif attempt > 1:

@@ -97,7 +97,7 @@ class Head:
             group = process.pid
             os.killpg(group, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(15)
+                process.wait(3)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
             process.wait(30)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -76,7 +74,7 @@ def test_what_only_this_machine_sees_is_refused_unless_shared(
     assert str(refused.value).startswith(key.format(here=tmp_path))
     assert "--shared" in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert pack(spec, shared=True).files[SPEC]
+    assert pack(spec, shared=True).job[SPEC]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +108,9 @@ def test_only_the_code_and_the_spec_are_shipped(tmp_path: Path) -> None:
         if file.suffix in (".py", ".sql")
     }
     assert len(code) > 100
-    assert set(shipment.files) == {*code, SPEC}
-    assert sum(map(len, shipment.files.values())) < 4 << 20
+    assert set(shipment.code) == code
+    assert set(shipment.job) == {SPEC}
+    assert sum(map(len, shipment.code.values())) < 4 << 20
 
 
 def test_the_shipped_spec_is_the_same_spec_with_its_paths_whole(tmp_path: Path) -> None:
@@ -128,9 +127,9 @@ def test_the_shipped_spec_is_the_same_spec_with_its_paths_whole(tmp_path: Path) 
     )
     (here / "chat.jinja").write_text("{{ messages }}", encoding="utf-8")
     pack(spec, index="index", shared=True).write(there)
-    before, after = load_spec(spec, "index")[0], load_spec(str(there / SPEC))[0]
-    assert after.corpus[0].template == str(there / "template-0.jinja")
-    assert (there / "template-0.jinja").read_text() == "{{ messages }}"
+    before, after = load_spec(spec, "index")[0], load_spec(str(there / "job" / SPEC))[0]
+    assert after.corpus[0].template == str(there / "job" / "template-0.jinja")
+    assert (there / "job" / "template-0.jinja").read_text() == "{{ messages }}"
     assert after.index == str(Path.cwd() / "index")
 
     def rest(spec: Any) -> dict[str, Any]:
@@ -205,7 +204,7 @@ class Client:
         self.jobs: list[Details] = []
         self.hidden: set[str] = set()
         self.submitted: list[dict[str, Any]] = []
-        self.folder: set[str] = set()
+        self.sent: set[str] = set()  # what lay in the folders of the job
         self.tails: list[list[str]] = []  # of each connection; one that ends early broke off
         self.log = ""
 
@@ -228,7 +227,9 @@ class Client:
         if options["entrypoint"].endswith("--allow-removal"):
             raise RuntimeError("Request failed with status code 500: no room\nTraceback")
         self.submitted.append(options)
-        self.folder = {p.name for p in Path(options["runtime_env"]["working_dir"]).iterdir()}
+        sent = options["runtime_env"]
+        folders = [sent["working_dir"], *sent["py_modules"]]
+        self.sent = {f"{Path(f).name}/{p.name}" for f in folders for p in Path(f).iterdir()}
         self.jobs.append(Details(id, Status.PENDING, metadata=options["metadata"]))
         return str(id)
 
@@ -293,10 +294,11 @@ def test_a_job_has_the_code_first_what_is_named_of_the_environment_and_no_cores(
     assert variables.pop("RAY_JOB_STOP_WAIT_TIME_S") == "30"
     assert variables == {"MY_TOKEN": "t0ken"}
     assert "s3cret" not in repr(call)
-    assert client.folder == {"jobs", "pipelines", "queries", "sae_runtime", SPEC}
+    assert {"jobs/cli.py", "pipelines/scan.py", "queries/views.sql", "sae_runtime/encode.py"} < client.sent
+    assert {name for name in client.sent if name.startswith("job/")} == {f"job/{SPEC}"}
     assert not Path(call["runtime_env"]["working_dir"]).exists()
     assert call["metadata"]["corpuscope_index"] == "s3://bucket/index"
-    assert call["metadata"]["corpuscope_code"] == pack(written(tmp_path)).code
+    assert call["metadata"]["corpuscope_code"] == pack(written(tmp_path)).version
 
 
 def test_a_variable_that_is_not_set_and_a_cluster_that_refuses_are_one_line(
@@ -452,122 +454,110 @@ def listed(head: cluster.Head) -> dict[str, dict[str, Any]]:
     return {job["id"]: job for job in json.loads(out)}
 
 
-def frozen(head: cluster.Head, index: Path, wanted: int) -> None:
-    """Stop the clocks of a scan's workers once so many units are committed: it cannot end by itself."""
+def frozen(head: cluster.Head, index: Path, wanted: int) -> list[psutil.Process]:
+    """A scan's workers, their clocks stopped once so many units are committed: it cannot end by itself."""
     deadline = time.monotonic() + 120
     while committed(index) < wanted:
         assert time.monotonic() < deadline, "nothing is committed"
         time.sleep(0.005)
-    for worker in head.workers():
-        worker.send_signal(signal.SIGSTOP)
+    workers = head.workers()
+    for worker in workers:
+        worker.suspend()
     assert committed(index) < UNITS, "the scan was over before it could be stopped"
+    return workers
+
+
+def thaw(workers: list[psutil.Process]) -> None:
+    """Let stopped workers go on, and wait for their end: nobody wants them any more."""
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.resume()
+    _, left = psutil.wait_procs(workers, timeout=60)
+    assert not left
 
 
 @pytest.mark.cluster
-def test_a_job_gives_what_an_inline_scan_gives_and_new_files_are_another_attempt(
-    tmp_path: Path, head: cluster.Head, write_spec: Callable[..., Path], tiny_corpus: Path, tiny_index: Path
-) -> None:
-    shutil.copytree(tiny_corpus, tmp_path / "corpus")
-    spec = write_spec(tmp_path, corpus={"uri": "corpus/*.jsonl"})
-    out, err = said(started(head, "submit", str(spec), "--shared", "--wait"))
-    run = pack(str(spec), shared=True).run
-    assert out == f"{run}-a1\n"
-    assert "run 1: 59 documents" in err
-    assert f"{run}-a1: done" in err.splitlines()[-1]
-    assert not tiny.differences(tiny.views(tiny_index), tiny.views(tmp_path / "index"))
-
-    tiny.write_rows(tmp_path / "corpus" / "zz.jsonl", [{"id": "new", "text": "a new fox", "lang": "en",
-                                                       "score": 1.0, "even": True}])  # fmt: skip
-    out, err = said(started(head, "submit", str(spec), "--shared", "--wait"))
-    assert out == f"{run}-a2\n"
-    con = queries.connect(str(tmp_path / "index"))
-    assert con.sql("SELECT run, documents FROM runs ORDER BY run").fetchall() == [(1, 59), (2, 1)]
-
-    jobs = listed(head)
-    for attempt in (1, 2):
-        job = jobs[f"{run}-a{attempt}"]
-        assert (job["state"], job["exit_code"], job["attempt"]) == ("done", 0, attempt)
-        assert (job["index"], job["spec"]) == (str(tmp_path / "index"), str(spec))
-        assert job["started"] < job["ended"]
-    printed, _ = said(started(head, "jobs", "logs", f"{run}-a2"))
-    assert "run 2: 1 document" in printed
-
-
-@pytest.mark.cluster
-def test_a_scans_own_exit_code_is_the_commands(
+def test_a_scans_own_exit_code_is_the_commands_and_new_files_are_another_attempt(
     tmp_path: Path, head: cluster.Head, write_spec: Callable[..., Path], few: list[dict[str, str]]
 ) -> None:
-    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"id": "a", "text": "the cat sat on a mat"}])
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text(rows.read_text() + "{damaged\n")
-    wrong = write_spec(tmp_path / "2", saes=few, corpus={"uri": str(rows), "text": "no_such", "metadata": []})
-    poison = write_spec(tmp_path / "3", saes=few, corpus={"uri": str(bad), "metadata": []})
-    both = {
-        code: started(head, "submit", str(spec), "--shared", "--wait", "--workers", "1")
-        for code, spec in ((2, wrong), (3, poison))
+    rows = tmp_path / "rows"
+    tiny.write_rows(rows / "a.jsonl", [{"text": "the cat sat on a mat"}]).open("a").write("{damaged\n")
+    corpus: dict[str, Any] = {"uri": f"{rows}/*.jsonl", "id": None, "metadata": []}
+    specs = {
+        2: write_spec(tmp_path / "2", saes=few, corpus=corpus | {"text": "no_such"}),
+        3: write_spec(tmp_path / "3", saes=few, corpus=corpus),
     }
+    options = ("--shared", "--wait", "--workers", "1")
+    both = {code: started(head, "submit", str(spec), *options) for code, spec in specs.items()}
     ended = {code: said(process, code) for code, process in both.items()}
     assert "no_such" in ended[2][1]
     assert "1 document could not be scanned" in ended[3][1]
-    jobs = {code: listed(head)[out.strip()] for code, (out, _) in ended.items()}
-    assert [(jobs[code]["state"], jobs[code]["exit_code"]) for code in (2, 3)] == [("failed", 2), ("done", 3)]
-    assert "no_such" in jobs[2]["message"]
+
+    tiny.write_rows(rows / "b.jsonl", [{"text": "a new fox"}, {"text": "and a dog"}])
+    out, err = said(started(head, "submit", str(specs[3]), *options), 3)
+    run = pack(str(specs[3]), shared=True).run
+    assert (ended[3][0], out) == (f"{run}-a1\n", f"{run}-a2\n")
+    assert "attempt 2" in err
+    con = queries.connect(str(tmp_path / "3" / "index"))
+    assert con.sql("SELECT run, documents FROM runs ORDER BY run").fetchall() == [(1, 1), (2, 2)]
+
+    jobs = listed(head)
+    assert len(jobs) == 3
+    wrong, first, second = jobs[ended[2][0].strip()], jobs[f"{run}-a1"], jobs[f"{run}-a2"]
+    assert [(job["state"], job["exit_code"], job["attempt"]) for job in (wrong, first, second)] == [
+        ("failed", 2, 1), ("done", 3, 1), ("done", 3, 2),
+    ]  # fmt: skip
+    assert "no_such" in wrong["message"]
+    assert (first["index"], first["spec"]) == (str(tmp_path / "3" / "index"), str(specs[3]))
+    assert first["started"] < first["ended"] <= second["started"]
+    printed, _ = said(started(head, "jobs", "logs", f"{run}-a2"))
+    assert "run 2: 2 documents" in printed
 
 
 @pytest.mark.cluster
-def test_two_at_once_are_one_job_and_one_that_was_stopped_is_resumed(
+def test_a_scan_that_is_submitted_twice_stopped_resumed_and_loses_its_head_gives_what_an_inline_one_gives(
     tmp_path: Path, head: cluster.Head, write_spec: Callable[..., Path], tiny_index: Path
 ) -> None:
     spec, index = write_spec(tmp_path), tmp_path / "index"
-    both = [started(head, "submit", str(spec), "--shared", "--workers", "1") for _ in range(2)]
-    told = [said(process) for process in both]
-    (id,) = {out.strip() for out, _ in told}
     run = pack(str(spec), shared=True).run
-    assert id == f"{run}-a1"
-    assert sum("no second job is started" in err for _, err in told) == 1
-    assert [job for job in listed(head) if job.startswith(run)] == [id]
+    submit = ("submit", str(spec), "--shared", "--workers", "1")
 
-    frozen(head, index, 3)
-    waiting = started(head, "jobs", "logs", id, "-f")
-    _, err = said(started(head, "jobs", "stop", id))
+    told = [said(process) for process in [started(head, *submit) for _ in range(2)]]
+    first = f"{run}-a1"
+    assert {out for out, _ in told} == {f"{first}\n"}
+    assert sum("no second job is started" in err for _, err in told) == 1
+    assert [job for job in listed(head) if job.startswith(run)] == [first]
+
+    stopped = frozen(head, index, 3)
+    waiting = started(head, "jobs", "logs", first, "-f")
+    _, err = said(started(head, "jobs", "stop", first))
     assert "submit it again" in err
     said(waiting, Interrupted.exit_code)
+    assert listed(head)[first]["state"] == "stopped"
     sign = beat(Store(str(index)))
     assert sign is not None
     assert sign.ended  # the lease was given back
-    assert not head.workers()
+    thaw(stopped)
     before = commits(index)
     assert 3 <= len(before) < UNITS
-    assert listed(head)[id]["state"] == "stopped"
-    _, err = said(started(head, "jobs", "stop", id))
+    _, err = said(started(head, "jobs", "stop", first))
     assert "is over already" in err
 
-    out, err = said(started(head, "submit", str(spec), "--shared", "--wait", "--workers", "1"))
-    assert out == f"{run}-a2\n"
-    assert "attempt 2" in err
-    after = commits(index)
-    assert {name: after[name] for name in before} == before
-    assert not tiny.differences(tiny.views(tiny_index), tiny.views(index))
-
-
-@pytest.mark.cluster
-def test_a_head_that_is_lost_takes_nothing_along_that_was_committed(
-    tmp_path: Path, head: cluster.Head, write_spec: Callable[..., Path], tiny_index: Path
-) -> None:
-    spec, index = write_spec(tmp_path), tmp_path / "index"
-    waiting = started(head, "submit", str(spec), "--shared", "--wait", "--workers", "1")
-    frozen(head, index, 4)
+    waiting = started(head, *submit, "--wait")
+    stopped = frozen(head, index, len(before) + 3)
     head.kill()
-    for process in head.processes():  # workers whose clocks stand cannot see that the head is gone
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "ScanWorker" in process.name():
-                process.kill()
-    before = commits(index)
+    thaw(stopped)  # they could not see that their head is gone
+    between = commits(index)
+    assert {name: between[name] for name in before} == before
+    assert len(between) < UNITS
     head.start()
-    out, err = said(waiting, Interrupted.exit_code)  # the new head at that address knows nothing of it
-    assert out.strip() in err.splitlines()[-1]
-    again, _ = said(started(head, "submit", str(spec), "--shared", "--wait", "--workers", "1"))
-    assert again == out  # the first attempt that this head sees
+    out, err = said(waiting, Interrupted.exit_code)
+    assert out == f"{run}-a2\n"
+    assert f"knows no job {run}-a2" in err.splitlines()[-1]  # it is another head at the same address
+
+    out, err = said(started(head, *submit, "--wait"))
+    assert out == f"{first}\n"
+    assert f"{len(between)} already committed" in err
     after = commits(index)
-    assert {name: after[name] for name in before} == before
+    assert {name: after[name] for name in between} == between
     assert not tiny.differences(tiny.views(tiny_index), tiny.views(index))
