@@ -38,6 +38,7 @@ _REACH_SECONDS = 10.0
 _ANSWER_SECONDS = 60.0
 _LOOK_EVERY = 1.0  # seconds between looks at a job that is followed
 _AWAY_SECONDS = 60.0  # without an answer, after which a cluster is taken for lost
+_LINE = 300  # characters of a message
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _TALKERS = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -99,7 +100,7 @@ class Jobs:
         except _Refused as error:
             if "already exists" in str(error):
                 return False
-            raise CorpuscopeError(f"{self.address} does not take the job: {one_line(error)}") from error
+            raise
         return True
 
     def every(self) -> list[ScanJob]:
@@ -120,17 +121,11 @@ class Jobs:
     def logs(self, id: str) -> str:
         """All that the job has printed. Raises InputError if there is none of this id."""
         self.job(id)
-        try:
-            return str(self._ask(lambda: self._client.get_job_logs(id)))
-        except _Refused as error:
-            raise CorpuscopeError(f"{id}: its log cannot be had: {one_line(error)}") from error
+        return str(self._ask(lambda: self._client.get_job_logs(id)))
 
     def stop(self, id: str) -> None:
         """Ask the job to end; it does so in its own time."""
-        try:
-            self._ask(lambda: self._client.stop_job(id))
-        except _Refused as error:
-            raise CorpuscopeError(f"{id}: cannot be stopped: {one_line(error)}") from error
+        self._ask(lambda: self._client.stop_job(id))
 
     def wait(self, id: str, seconds: float) -> ScanJob:
         """The job once it is over, or as it is after that time."""
@@ -157,6 +152,11 @@ class Jobs:
             return code, f"lost by the cluster ({job.message}); {_AGAIN}"
         if job.exit_code is None:
             return CorpuscopeError.exit_code, f"could not be started: {job.message}"
+        if job.exit_code == 127:
+            return CorpuscopeError.exit_code, (
+                "could not be started: the head has no `python` on its PATH; put Ray's environment there "
+                "where `ray start` runs"
+            )
         how = f"ended with exit code {job.exit_code}"
         if job.exit_code < 0:
             how = f"was killed by signal {-job.exit_code}"
@@ -169,23 +169,23 @@ class Jobs:
         try:
             return self._ask(lambda: self._client.get_job_info(id))
         except _Refused as error:
-            if "404" in str(error):
+            if "does not exist" in str(error):
                 return None
-            raise CorpuscopeError(f"{self.address}: {one_line(error)}") from error
+            raise
 
     def _ask(self, request: Callable[[], _T]) -> _T:
         """The answer to a request. Raises _Refused for an answer that is a no, Interrupted for none."""
         try:
             return _answered(self.address, request)
-        except RuntimeError as error:
-            raise _Refused(str(error)) from error
-        except (OSError, TimeoutError) as error:
+        except OSError as error:
             raise Interrupted(
                 f"{self.address} does not answer any more ({one_line(error)}); run again when it does"
             ) from error
+        except Exception as error:  # an answer that is a no has errors of Ray's, pydantic's and Python's own
+            raise _Refused(f"{self.address}: {_cause(error)}") from error
 
 
-class _Refused(Exception):
+class _Refused(CorpuscopeError):
     """The cluster answered that it will not."""
 
 
@@ -262,7 +262,9 @@ def _client(address: str) -> Any:
         try:
             return JobSubmissionClient(address)
         except Exception as error:  # Ray's own, requests' and JSON's; each is about the address
-            text = one_line(error)
+            text = _cause(error)
+            if type(error).__name__ == "AuthenticationError":
+                raise InputError(f"--address: {address} asks who you are: {text}") from error
             if "ray[default]" in text:
                 raise InputError(
                     "Ray's jobs client is not installed whole; pip install 'ray[default]'"
@@ -361,9 +363,18 @@ def _time(milliseconds: int | None) -> datetime.datetime | None:
     return datetime.datetime.fromtimestamp(milliseconds // 1000, datetime.timezone.utc)
 
 
+def _cause(error: BaseException) -> str:
+    """One line of an error; of one that quotes the head's traceback, what that ends with."""
+    text = str(error)
+    return _last_line(text.rstrip(". \n")) if "Traceback" in text else one_line(error)
+
+
 def _last_line(text: str) -> str:
+    """The last line that says something; Ray's own first one may come late, and then last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    said = [line for line in lines if not line.startswith("Running entrypoint for job")]
+    last = said[-1] if said else ""
+    return last if len(last) <= _LINE else last[: _LINE - 1] + "…"
 
 
 def _lost(address: str, id: str) -> Interrupted:

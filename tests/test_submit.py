@@ -197,6 +197,9 @@ class Details:
     end_time: int | None = None
 
 
+LOG = "failed, last logs:\n x\nerror: the cause\nRunning entrypoint for job scan-1: exec python\n\n"
+
+
 class Client:
     """Ray's client. `hidden` are jobs that were submitted after the listing was made."""
 
@@ -225,7 +228,9 @@ class Client:
         if id in self.hidden or any(job.submission_id == id for job in self.jobs):
             raise RuntimeError(f"Request failed with status code 500: {id} already exists. Please use")
         if options["entrypoint"].endswith("--allow-removal"):
-            raise RuntimeError("Request failed with status code 500: no room\nTraceback")
+            raise RuntimeError(
+                "Request failed with status code 500: Traceback (most recent call last):\nE: no room\n."
+            )
         self.submitted.append(options)
         sent = options["runtime_env"]
         folders = [sent["working_dir"], *sent["py_modules"]]
@@ -306,7 +311,7 @@ def test_a_variable_that_is_not_set_and_a_cluster_that_refuses_are_one_line(
 ) -> None:
     with pytest.raises(InputError, match=r"^--env NO_SUCH: .* export it$"):
         submit_scan(written(tmp_path), URL, env=["NO_SUCH"], notice=print)
-    with pytest.raises(CorpuscopeError, match=r"does not take the job: .*no room$") as refused:
+    with pytest.raises(CorpuscopeError, match=r"^http://127.0.0.1:8265: E: no room$") as refused:
         submit_scan(written(tmp_path), URL, allow_removal=True, notice=print)
     assert refused.value.exit_code == 1
 
@@ -320,6 +325,7 @@ def test_a_variable_that_is_not_set_and_a_cluster_that_refuses_are_one_line(
         ("FAILED", 3, "JOB_ENTRYPOINT_COMMAND_ERROR", "done", 3),
         ("FAILED", 75, "JOB_ENTRYPOINT_COMMAND_ERROR", "stopped", 75),
         ("FAILED", 127, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", 1),
+        ("FAILED", 9, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", 1),
         ("FAILED", -9, "JOB_ENTRYPOINT_COMMAND_ERROR", "failed", 1),
         ("FAILED", None, "RUNTIME_ENV_SETUP_FAILURE", "failed", 1),
         ("FAILED", None, "JOB_SUPERVISOR_ACTOR_DIED", "lost", 75),
@@ -329,15 +335,14 @@ def test_a_variable_that_is_not_set_and_a_cluster_that_refuses_are_one_line(
 def test_how_a_job_ended_is_an_exit_code(
     client: Client, status: str, code: int | None, kind: str | None, state: str, exit_code: int
 ) -> None:
-    client.jobs = [
-        Details("scan-1", Status(status), code, kind, "failed, last logs:\n x\nerror: the cause\n\n")
-    ]
+    client.jobs = [Details("scan-1", Status(status), code, kind, LOG)]
     (job,) = Jobs(URL).every()
     assert (job.state, job.exit_code, job.over) == (state, code, True)
     found, why = Jobs(URL).exit_code("scan-1")
     assert found == exit_code
     assert "\n" not in why
-    if exit_code == 1 and code != 1:
+    assert job.message == "error: the cause"
+    if exit_code == 1 and code not in (1, 127):
         assert why.endswith("error: the cause")
 
 
