@@ -42,7 +42,7 @@ def jobs(context: click.Context, address: str | None, format_: str) -> None:
 @click.option(
     "-f", "--follow", "followed", is_flag=True, help="Until it ends; then with the scan's exit code."
 )
-@address_option(required=False)
+@address_option(required=False, environment=False)  # the group has asked it
 @click.pass_context
 def logs(context: click.Context, id: str, followed: bool, address: str | None) -> None:
     """What the job ID has printed."""
@@ -60,7 +60,7 @@ def logs(context: click.Context, id: str, followed: bool, address: str | None) -
 
 @jobs.command()
 @click.argument("id")
-@address_option(required=False)
+@address_option(required=False, environment=False)  # the group has asked it
 @click.pass_context
 def stop(context: click.Context, id: str, address: str | None) -> None:
     """Stop the job ID, and wait until it has stopped; committed units stay."""

@@ -30,13 +30,13 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 STOP_SECONDS = 30  # between asking a job to end and killing it
 
 
-def address_option(required: bool) -> Callable[[_Command], _Command]:
-    """--address of a cluster's dashboard."""
+def address_option(required: bool, environment: bool = True) -> Callable[[_Command], _Command]:
+    """--address of a cluster's dashboard, else what the environment says (where it is asked)."""
     return click.option(
         "--address",
         metavar="URL",
         required=required,
-        envvar="RAY_API_SERVER_ADDRESS",
+        envvar="RAY_API_SERVER_ADDRESS" if environment else None,
         help="The cluster's dashboard, http://HOST:8265; or RAY_API_SERVER_ADDRESS in the environment.",
     )
 

@@ -26,6 +26,7 @@ from test_resume import ROOT, UNITS, commits, committed
 
 import queries
 from jobs import rayjobs
+from jobs.cli import cli
 from jobs.rayjobs import Jobs
 from jobs.shipping import SPEC, check_size, pack
 from jobs.specfile import load_spec
@@ -416,6 +417,26 @@ def test_wrong_arguments_are_one_line_and_2(tmp_path: Path, arguments: tuple[str
     assert (done.returncode, done.stdout) == (2, "")
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        (["logs", "x"], "http://127.0.0.1:1"),
+        (["logs", "x", "--address", "http://127.0.0.1:2"], "http://127.0.0.1:2"),
+        (["--address", "http://127.0.0.1:3", "stop", "x"], "http://127.0.0.1:3"),
+        (
+            ["--address", "http://127.0.0.1:3", "stop", "x", "--address", "http://127.0.0.1:2"],
+            "http://127.0.0.1:2",
+        ),
+    ],
+)
+def test_the_address_nearest_to_the_word_holds(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], asked: str
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    with pytest.raises(InputError, match=f"nothing listens at {asked} "):
+        cli.main(["jobs", *arguments], standalone_mode=False)
 
 
 # --- a real head
