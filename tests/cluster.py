@@ -8,6 +8,7 @@ it is found. A head takes some 6 s to answer.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -43,6 +44,7 @@ class Head:
 
     def start(self) -> None:
         """Start the head, and wait until it takes jobs."""
+        assert importlib.util.find_spec("aiohttp_cors"), "a dashboard needs pip install 'ray[default]'"
         gcs, dashboard, agent, agent_grpc, metrics, runtime, client = map(str, self.ports)
         options = {
             "--node-ip-address": HOST, "--port": gcs, "--dashboard-host": "127.0.0.1",
@@ -63,7 +65,7 @@ class Head:
         deadline = time.monotonic() + _START_SECONDS
         while not self._takes_jobs():
             assert self._process.poll() is None, self._log.read_text()
-            assert time.monotonic() < deadline, f"no dashboard; is ray[default] installed? {self._tail()}"
+            assert time.monotonic() < deadline, f"no dashboard: {self._tail()}"
             time.sleep(0.2)
 
     def _takes_jobs(self) -> bool:
