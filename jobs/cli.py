@@ -22,6 +22,7 @@ from click.core import ParameterSource
 from jobs.annotate import annotate
 from jobs.diff import diff
 from jobs.export import export
+from jobs.jobs import jobs
 from jobs.output import (
     ago,
     console,
@@ -37,6 +38,7 @@ from jobs.output import (
     uris,
 )
 from jobs.recipes import recipe, recipes
+from jobs.submit import submit
 from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interrupted, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
@@ -418,6 +420,8 @@ cli.add_command(recipes)
 cli.add_command(recipe)
 cli.add_command(diff)
 cli.add_command(export)
+cli.add_command(submit)
+cli.add_command(jobs)
 
 
 def _write_parquet(result: Any, output: str) -> None:
