@@ -20,6 +20,7 @@ from pipelines.costs import (
     Memory,
     cost,
     device_of,
+    kind_of,
     loads,
     local_workers,
     memory,
@@ -133,7 +134,7 @@ def _kind(spec: ScanSpec, asked: Asked) -> str:
     own = spec.model.device
     if asked.device is None:
         return local_device() if own == "auto" else own
-    kind = "cpu" if asked.device.lower() == "cpu" else "cuda"
+    kind = kind_of(asked.device)
     if own not in ("auto", kind):
         raise InputError(f"--device {asked.device}: the spec's model.device is {own}; make it auto")
     return kind

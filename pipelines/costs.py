@@ -55,7 +55,7 @@ UNIT = 0.05  # seconds of a unit beside its tokens: files, commit
 STARTUP = 20.0  # Ray, model, SAEs, loops
 LOAD = 1e9  # bytes of SAEs that a worker loads in a second
 MERGED = 83e-9  # seconds of a row merged, on one core
-BASE = {"cpu": 750e6, "cuda": 3e9}  # bytes of a process with its libraries
+BASE = {"cpu": 900e6, "cuda": 3e9}  # bytes of a process with its libraries
 HELD_ROW = 21  # bytes of a row until it is written, copies included
 CONTEXT = 1e9  # bytes of a GPU that its libraries take
 _LEAST_FIT = 6  # attempts from which seconds are split into those of a unit and those of its tokens
@@ -130,29 +130,39 @@ class Memory:
     device: dict[str, float]  # the same; empty without a GPU
 
 
+def kind_of(name: str) -> str:
+    """`cpu` or `cuda`, of a device's name. InputError for one that is not known."""
+    if name.lower() == "cpu":
+        return "cpu"
+    _known(name)
+    return "cuda"
+
+
 def device_of(name: str | None, prepared: Prepared) -> Device:
     """The device of this name (one of GPUS, or `cpu`); of None what the plan is for.
 
     InputError for one that is not known.
     """
-    threads, is_gpu = prepared.spec.model.threads, prepared.device == "cuda"
-    asked = name or (device_name(prepared.device) if is_gpu else "cpu")
-    if asked.lower() == "cpu":
-        return _cpu(threads)
-    known = next((gpu for gpu in GPUS if gpu.lower() in asked.lower().replace("-", " ").split()), None)
-    if asked == "cuda":  # a spec that asks for a GPU, planned where there is none
-        known = DEFAULT_GPU
-    if known is None and name is None:
-        raise InputError(
-            f"--device: nothing is assumed of {asked}; give the nearest of {', '.join(GPUS)}, and "
-            "--tokens-per-second where it is known"
-        )
-    if known is None:
-        raise InputError(f"--device {name}: not known; one of cpu, {', '.join(GPUS)} is wanted")
+    if prepared.device == "cpu" and (name is None or name.lower() == "cpu"):
+        return _cpu(prepared.spec.model.threads)
+    here = device_name(prepared.device)
+    known = _known(name or (DEFAULT_GPU if here == "cuda" else here))  # a spec may ask for a GPU elsewhere
     peak, memory = GPUS[known]
     rate = GPU_SHARE * peak
     words = f"{GPU_SHARE:.0%} of an {known}'s {peak / 1e12:,.0f} TFLOP/s in bfloat16"
     return Device(known, "cuda", rate, rate / SLOWER_FLOAT32, HOST_THREADS, memory, words)
+
+
+def _known(name: str) -> str:
+    """Which of GPUS a name is of, such as torch's own."""
+    words = name.lower().replace("-", " ").split()
+    found = next((gpu for gpu in GPUS if gpu.lower() in words), None)
+    if found is None:
+        raise InputError(
+            f"--device {name}: not known; give the nearest of cpu, {', '.join(GPUS)}, and "
+            "--tokens-per-second where it is known"
+        )
+    return found
 
 
 def _cpu(threads: int) -> Device:
@@ -335,8 +345,7 @@ def _comparable(prepared: Prepared, device: Device, constants: Measured) -> bool
     """Whether the seconds of a measured run say something of this scan's."""
     model = prepared.spec.model
     same = constants.model == (prepared.source.fingerprint, model.dtype, model.attention)
-    there = constants.device.lower().replace("-", " ").split()
-    return same and device.name.lower() in there
+    return same and device.name.lower() in constants.device.lower().replace("-", " ").split()
 
 
 def _fitted(prepared: Prepared, device: Device, constants: Measured, text: float) -> tuple[float, float]:

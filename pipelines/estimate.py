@@ -90,7 +90,7 @@ def estimate(
     of_bytes = {} if constants is None else constants.bytes
     top_k, sample_k = prepared.spec.top_k, prepared.spec.sample_k
     found = tables.corrected(tables.rows(saes, units, top_k, sample_k), of_rows)
-    by_rows, anyway = tables.sizes(saes, units, found, len(groups))
+    by_rows, anyway = tables.sizes(saes, units, found, len(groups), len(prepared.spec.metadata))
     sizes = {
         table: float((size * of_bytes.get(table, 1.0) + anyway[table]) @ units.times)
         for table, size in by_rows.items()

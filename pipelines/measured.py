@@ -172,11 +172,13 @@ def _factors(
         wanted = float(expected[table].sum())
         if have and wanted:
             rows[table] = have / wanted
-    by_rows, anyway = tables.sizes(saes, units, tables.corrected(expected, rows), groups)
+    by_rows, anyway = tables.sizes(
+        saes, units, tables.corrected(expected, rows), groups, len(fixed["metadata"])
+    )
     for table in by_rows:
         have = sum(commit.files[table].bytes for commit in commits if table in commit.files)
         if have and by_rows[table].sum():
-            least = 0.2 * have  # however small the files: their rows took something
+            least = 0.05 * have  # however small the files: their rows took something
             sizes[table] = max(have - float(anyway[table].sum()), least) / float(by_rows[table].sum())
     return rows, sizes
 

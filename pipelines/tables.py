@@ -46,7 +46,9 @@ ROW = {
 TOKEN = 1.4  # of a token of `contexts`, as run
 WINDOW = 10.0  # more of a top or sampled context, where `keep` leaves token rows out
 SAE_INPUT = 4.4  # of `saes`, for each number of d_in
-FILE = 800.0  # of any file
+FILE = 800.0  # of a file of SAEs' rows
+UNIT_FILE = {"documents": 1350.0, "segments": 1000.0, "contexts": 1150.0}
+METADATA = 110.0  # more of a file of documents, for each metadata column
 SAE_IN_FILE = {  # more for each SAE in it, which has row groups of its own
     "activations": 830.0,
     "document_features": 930.0,
@@ -107,7 +109,7 @@ class Units:
         """One of `count` average ones merged."""
         share = count / max(1.0, float(self.times.sum()))
         columns = (self.documents, self.contexts, self.counted, self.run, self.segments)
-        return Units(*(np.array([share * float(column @ self.times)]) for column in columns), np.ones(1))
+        return Units(*(np.array([share * float(c @ self.times)]) for c in columns), *[np.ones(1)])
 
 
 def rows(saes: Sequence[SaeShape], units: Units, top_k: int, sample_k: int) -> Rows:
@@ -144,8 +146,13 @@ def corrected(found: Rows, factors: dict[str, float]) -> Rows:
     return {name: count * factors.get(name.removeprefix(_WINDOWS), 1.0) for name, count in found.items()}
 
 
-def sizes(saes: Sequence[SaeShape], units: Units, found: Rows, groups: int) -> tuple[Rows, Rows]:
-    """(bytes that follow from the rows `found`, bytes that each file has anyway), by table and unit."""
+def sizes(
+    saes: Sequence[SaeShape], units: Units, found: Rows, groups: int, metadata: int
+) -> tuple[Rows, Rows]:
+    """(bytes that follow from the rows `found`, bytes that each file has anyway), by table and unit.
+
+    `metadata` is the number of metadata columns.
+    """
     inputs, number = sum(sae.d_in for sae in saes), len(saes)
     by_rows: Rows = {table: ROW[table] * found[table] for table in (*SAE_TABLES, *UNIT_TABLES)}
     by_rows["contexts"] = by_rows["contexts"] + TOKEN * units.run
@@ -154,7 +161,10 @@ def sizes(saes: Sequence[SaeShape], units: Units, found: Rows, groups: int) -> t
         by_rows[table] = by_rows[table] + WINDOW * found[_WINDOWS + table]
     anyway = {}
     for table in by_rows:
-        files = groups * FILE + number * SAE_IN_FILE[table] if table in SAE_TABLES else FILE
+        if table in UNIT_FILE:
+            files = UNIT_FILE[table] + (METADATA * metadata if table == "documents" else 0.0)
+        else:
+            files = groups * FILE + number * SAE_IN_FILE[table]
         anyway[table] = files * (found[table] > 0)
     return by_rows, anyway
 
