@@ -258,9 +258,12 @@ def _time(view: PlanView) -> list[tuple[str, str]]:
         f"{_STAGES[stage]} {share:.0%}"
         for stage, share in sorted(priced.stages.items(), key=lambda each: -each[1])
     )
+    speed = f"{priced.tokens_per_second:,.0f} counted tokens per second and worker ({priced.source})"
+    if not priced.wall:
+        return [("speed", speed), ("time", "nothing is left to scan")]
     rows = [
         ("workers", f"{priced.workers:,} on {priced.device}{_fewer(view)}"),
-        ("speed", f"{priced.tokens_per_second:,.0f} counted tokens per second and worker ({priced.source})"),
+        ("speed", speed),
         (
             "wall time",
             f"{_clock(priced.wall)}: start {_clock(priced.startup)}, scan {_clock(priced.work)} (its last "

@@ -100,7 +100,7 @@ class Cost:
     workers: int
     source: str  # measured | given | assumed: where the speed is from
     stages: dict[str, float]  # shares of a worker's time, by the model; they overlap beside a GPU
-    tokens_per_second: float  # counted tokens of one worker, all SAE groups done; 0 of nothing
+    tokens_per_second: float  # counted tokens of one worker, all SAE groups done; 0 of no tokens
     busy: float  # of all workers together
     startup: float
     work: float  # from the first unit's start to the last one's end
@@ -245,6 +245,7 @@ def cost(
         if constants is not None:
             said.append(f"speed of {constants.index}: not used, it is another model or device")
     tokens = found.unit_tokens[np.array(todo, bool)]
+    whole = sum(float((fixed + found.unit_tokens * factor * of_token).sum()) for of_token in modelled)
     seconds = [fixed + tokens * factor * of_token for of_token in modelled]
     busy = float(sum(part.sum() for part in seconds))
     workers = max(1, min(workers, len(tokens) * len(groups)))
@@ -261,16 +262,13 @@ def cost(
     merging = _merging(found, len(found.unit_tokens), work) if len(tokens) else 0.0
     if merging:
         said.append(f"compaction: {1 / MERGED / 1e6:.0f} M rows a second on one core, beside the scan")
-    counted = found.tokens * len(tokens) / max(1, len(found.unit_tokens))
-    if len(tokens) and found.unit_tokens.sum():
-        counted = found.tokens * float(tokens.sum() / found.unit_tokens.sum())
     total = {stage: sum(part[stage] for part in each) for stage in STAGES}
     return Cost(
         device=device.name,
         workers=workers,
         source=source,
         stages={stage: value / sum(total.values()) for stage, value in total.items()},
-        tokens_per_second=counted / busy if busy else 0.0,
+        tokens_per_second=found.tokens / whole if whole else 0.0,
         busy=busy,
         startup=startup if len(tokens) else 0.0,
         work=work,
@@ -369,9 +367,10 @@ def _fitted(prepared: Prepared, device: Device, constants: Measured, text: float
         fixed = float(np.median(y - slope * x))
         if slope > 0 and fixed >= 0:
             return fixed, slope
+    fixed = min(UNIT, float(np.median(y)) / 2)
     if len(x) < _LEAST_FIT:
-        return 0.0, float(y.sum() / x.sum())
-    return 0.0, _median(y / x, x)
+        return fixed, float((y - fixed).sum() / x.sum())
+    return fixed, _median((y - fixed) / x, x)
 
 
 def _median(values: np.ndarray, weights: np.ndarray) -> float:

@@ -57,7 +57,7 @@ SAE_IN_FILE = {  # more for each SAE in it, which has row groups of its own
     "sampled_contexts": 1230.0,
     "saes": 1650.0,
 }
-COMMIT = 2500.0  # of a commit's JSON
+COMMIT = 1800.0  # of a commit's JSON
 # Of a row in merged files; of `features` and contexts more tokens are behind each.
 MERGED_ROW = {
     "activations": 2.2,

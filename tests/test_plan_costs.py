@@ -75,7 +75,7 @@ def busy(index: Path) -> float:
 
 
 def on_disk(index: Path) -> Counter[str]:
-    """Bytes of data files by kind, pages left out."""
+    """Bytes of data files by kind."""
     return Counter(
         {folder.name: sum(f.stat().st_size for f in folder.iterdir()) for folder in (index / DATA).iterdir()}
     )
@@ -144,6 +144,22 @@ def test_sizes_after_compaction(predicted: PlanView, scanned: Path, tmp_path: Pa
     assert predicted.found.compacted_bytes == pytest.approx(sizes.total(), rel=0.25)
     assert predicted.found.peak_bytes == pytest.approx(peak, rel=0.25)
     assert peak > max(before, sizes.total())
+
+
+def test_sizes_of_an_index_that_was_merged_as_it_was_scanned(
+    tmp_path: Path, write_spec: Write, scan_inline: Scan, few: list[dict[str, str]]
+) -> None:
+    """Of 32 units there is a run and a node; summaries of units stay beside it."""
+    spec = spec_of(write_spec, tmp_path, corpus(tmp_path / "texts", 3, 40, 3), saes=few)
+    assert not scan_inline(spec).failed
+    index = tmp_path / "index"
+    found = plan_of(spec).found
+    compaction.compact(Store(str(index)))
+    gc.collect(Store(str(index)), 0.0, 0.0)
+    sizes = on_disk(index)
+    for table in ("activations", "features", "top_contexts"):
+        assert found.compacted[table] == pytest.approx(sizes[table], rel=0.25), table
+    assert found.compacted_bytes == pytest.approx(sizes.total(), rel=0.25)
 
 
 def test_what_a_pilot_of_other_saes_and_keeps_says(
@@ -227,6 +243,8 @@ def test_a_plan_of_a_finished_scan_has_sizes_and_nothing_left_to_do(pilot: Path)
     assert (row["committed"], row["units"]) == (8, 8)
     assert row["wall_seconds"] == row["worker_hours"] == row["gpu_hours"] == 0
     assert row["index_bytes"] > 100_000
+    assert row["tokens_per_second"] > 0
+    assert "nothing is left to scan" in run("plan", pilot).output
 
 
 def test_workers_start_tail_and_price() -> None:
