@@ -99,7 +99,7 @@ def look(spec: ScanSpec, text: str, asked: Asked | None = None) -> PlanView:
     shown = set()
     if have is not None:
         shown = set(resolve(ledger.store, Registered(have, planned.plans, planned.units)).shown.tolist())
-    constants = _constants(ledger.store, asked.source)
+    constants = _constants(ledger.store, planned, asked.source)
     found = estimate(prepared, planned, groups, constants, asked.l0)
     todo = [unit.ordinal not in shown for unit in planned.units]
     threads = spec.model.threads
@@ -147,9 +147,9 @@ def _groups(prepared: Prepared, device: Device, asked: Asked) -> list[list[str]]
     return plan_groups(prepared, asked.workers)
 
 
-def _constants(store: Store, source: str | None) -> Measured | None:
+def _constants(store: Store, planned: Planned, source: str | None) -> Measured | None:
     if source is None:
-        return measured(store)
+        return measured(store, planned.plans)
     found = measured(Store(source))
     if found is None:
         raise InputError(f"--from {source}: no index here, or none of its units is committed")

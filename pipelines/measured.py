@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from pipelines import tables
 from pipelines.ledger import Commit, Ledger
 from pipelines.names import reading
-from pipelines.registry import Plan, Unit, live_units
+from pipelines.ordinals import unpack
+from pipelines.registry import Plan, Unit
 from pipelines.storage import Store
 from pipelines.tables import SaeShape, Units
 
@@ -66,23 +67,24 @@ class Measured:
     startup: float  # seconds from the plan to the first unit's start
 
 
-def measured(store: Store) -> Measured | None:
+def measured(store: Store, plans: Sequence[Plan] | None = None) -> Measured | None:
     """The constants of the newest run of an index that has committed anything; None where there is none.
 
-    Raises InputError where something else than an index is there, DataError where it is damaged.
+    `plans` of the index, where they have been read. Raises InputError where something else than an index is
+    there, DataError where it is damaged.
     """
     ledger = Ledger(store)
     identity = ledger.identity()
     if identity is None:
         return None
     with reading(store.uri):
-        plans = ledger.plans()
-        live = {unit.ordinal: unit for unit in live_units(plans)}
-        for plan in reversed(plans):
-            own = [unit for unit in plan.units if unit.ordinal in live]
+        dropped: set[int] = set()  # since the plan that is looked at
+        for plan in reversed(ledger.plans() if plans is None else plans):
+            own = [unit for unit in plan.units if unit.ordinal not in dropped]
             found = _whole(ledger, own, len(identity["groups"]))
             if any(commits[0].tokens for _, commits in found):
                 return _measured(store, identity, plan, found)
+            dropped.update(unpack(plan.dropped).tolist())
     return None
 
 

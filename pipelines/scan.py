@@ -126,7 +126,7 @@ def run_scan(
             _name_limits(planned, spec, notice)
             if not todo.items and not planned.is_new:
                 return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
-            constants = None if have is None else measured(store)
+            constants = None if have is None else measured(store, planned.plans)
             check_size(prepared, planned, estimate(prepared, planned, groups, constants), spec.index)
             if todo.items:
                 session.connect()
