@@ -66,7 +66,7 @@ class Commit:
     tokens_run: int
     started: float
     finished: float
-    device: str
+    device: str  # its model
     files: dict[str, DataFileRecord] = field(default_factory=dict)  # by kind
 
     @property
