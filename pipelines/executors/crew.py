@@ -35,6 +35,7 @@ class _Slot:
     """A worker as the driver knows it: the same slot goes through several processes."""
 
     actor: Any
+    away: frozenset[str]  # nodes that it is not put on
     host: str = ""
     process: tuple[str, str] = ("", "")  # with its host
     killed: tuple[str, str] = ("", "")  # the process that must not join again
@@ -96,10 +97,12 @@ class Crew:
         if self._machines is not None and now >= self._look_at:
             self._seen, self._look_at = self._machines(), now + _LOOK_SECONDS
             self._check_hope()
+        for number in [n for n, slot in self._slots.items() if not slot.joined and slot.away != self.refused]:
+            self.end(number)  # it might be put on a machine that was refused since
         want = wanted(useful, self.most, self.room, len(self.refused), self._starts.failing)
         if not self._starts.held(now):
             for _ in range(want - len(self._slots)):
-                self._slots[next(self._numbers)] = _Slot(self._hire(self.refused))
+                self._slots[next(self._numbers)] = _Slot(self._hire(self.refused), self.refused)
         absent = [number for number, slot in reversed(self._slots.items()) if not slot.joined]
         for number in absent[: max(0, len(self._slots) - want)]:
             self.end(number)

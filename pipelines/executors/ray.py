@@ -114,6 +114,7 @@ class ScanWorker:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.scanner: Scanner | None = None
+        self.judged = False  # what it is was told
         self.done = (0, 0)
         self.number = 0  # of the attempt in hand
         self.unwanted = 0
@@ -122,10 +123,16 @@ class ScanWorker:
         """What it tells of itself before it is given work: `introduce`, and the `node` that it is on."""
         import ray
 
+        self.judged = True
         return introduce(self.setup.device) | {"node": ray.get_runtime_context().get_node_id()}
 
     def run(self, work: Work, number: int) -> Scanned | Reason | InputError | None:
-        """Scan a unit as attempt `number`; None if it was cancelled, InputError for the driver to raise."""
+        """Scan a unit as attempt `number`; None if it was cancelled, InputError for the driver to raise.
+
+        RuntimeError in a process that nobody has judged: Ray made it in place of one that was idle.
+        """
+        if not self.judged:
+            raise RuntimeError("it was started anew while it was idle")
         self.done, self.number = (0, 0), number
         try:
             if self.scanner is None:
