@@ -8,7 +8,7 @@
     data/<kind>/<unit>.<group>-<attempt>.parquet
     failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
     annotations/<number>.json      which files hold facts of decoders and explanations
-    devices/<number>.json          models of device that units were scanned on, the first one first
+    devices/<number>.json          the models of device that units are scanned on, each once
     leases/<term>.json             who may scan; heartbeat.json says that they live
 
 Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit; `token` in activation
