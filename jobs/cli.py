@@ -176,7 +176,7 @@ def status(index: str, format_: str) -> None:
             "documents": f"{found.documents:,} indexed, {found.quarantined:,} quarantined",
             "tokens": f"{found.tokens:,} counted",
             "size": human(found.bytes),
-            "devices" if len(found.devices) > 1 else "device": ", ".join(found.devices) or "none yet",
+            "devices" if len(found.devices) > 1 else "device": ", ".join(found.devices) or "none on record",
             "last commit": "none yet" if found.last_commit is None else f"{ago(found.last_commit)} ago",
         }
         print_facts([*facts.items(), *(("failed", error) for error in found.errors)])
