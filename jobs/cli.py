@@ -51,7 +51,7 @@ def _workers(_: click.Context, __: click.Parameter, value: str) -> int | None:
     if value == "auto":
         return None
     if not value.isdecimal() or int(value) < 1:
-        raise InputError(f"--workers {value}: a number of 1 or more is wanted, or auto")
+        raise click.BadParameter(f"{value} is not a number of 1 or more, nor auto")
     return int(value)
 
 
