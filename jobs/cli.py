@@ -48,6 +48,15 @@ _UPKEEP = "upkeep"  # the thread of pipelines/upkeep.py, which is slow to import
 _WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
+def _workers(_: click.Context, __: click.Parameter, value: str) -> int | None:
+    """None for `auto`."""
+    if value == "auto":
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"{value} is not a number of 1 or more, nor auto")
+    return int(value)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="corpuscope")
 def cli() -> None:
@@ -67,9 +76,12 @@ def cli() -> None:
 @click.option("--address", metavar="ADDR", help="A running Ray cluster; without it a local one is started.")
 @click.option(
     "--workers",
-    metavar="N",
-    type=click.IntRange(min=1),
-    help="Actors; default one per GPU, or as many as the cores have room for `threads`.",
+    metavar="N|auto",
+    default="auto",
+    show_default=True,
+    callback=_workers,
+    help="Actors at most. auto: one per GPU, or as many as the cores have room for `threads`; on a cluster "
+    "they come and go with its machines.",
 )
 @click.option("--allow-removal", is_flag=True, help="Go on when more than a tenth of the documents are gone.")
 def scan(
@@ -217,6 +229,7 @@ def status(index: str, format_: str) -> None:
             "documents": f"{found.documents:,} indexed, {found.quarantined:,} quarantined",
             "tokens": f"{found.tokens:,} counted",
             "size": human(found.bytes),
+            "devices" if len(found.devices) > 1 else "device": ", ".join(found.devices) or "none on record",
             "last commit": "none yet" if found.last_commit is None else f"{ago(found.last_commit)} ago",
         }
         print_facts([*facts.items(), *(("failed", error) for error in found.errors)])
