@@ -67,8 +67,8 @@ def check_here(store: Store, device: str, mixed: bool) -> None:
     have = devices.recorded(store)
     if have and model != have[0] and not mixed:
         raise InputError(
-            f"index {store.uri}: it was scanned on {have[0]}, and this is {model}, which may give other values; "
-            f"{_REMEDY}; or scan into another index"
+            f"index {store.uri}: it was scanned on {have[0]}, and this is {model}, which may give other "
+            f"values; {_REMEDY}; or scan into another index"
         )
 
 
