@@ -37,13 +37,11 @@ from jobs.output import (
     uris,
 )
 from jobs.recipes import recipe, recipes
-from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interrupted, one_line
+from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, exit_code, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
 _TIDY_SECONDS = 10.0
 _UPKEEP = "upkeep"  # the thread of pipelines/upkeep.py, which is slow to import
-# Errors of a disk or a filesystem that mean a wrong path, not a failure.
-_WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -468,7 +466,7 @@ def main() -> None:
         code = cli.main(prog_name="corpuscope", standalone_mode=False)
     except CorpuscopeError as error:
         message(f"error: {error}")
-        code = error.exit_code
+        code = exit_code(error)
     except click.UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         message(f"error: {error.format_message()}{hint}")
@@ -478,11 +476,11 @@ def main() -> None:
         code = InputError.exit_code
     except (KeyboardInterrupt, click.Abort):
         message("stopped; run the same command again to go on")
-        code = Interrupted.exit_code
+        code = exit_code(KeyboardInterrupt())
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message(f"error: {where}{error.strerror or one_line(error)}")
-        code = InputError.exit_code if isinstance(error, _WRONG_PATH) else CorpuscopeError.exit_code
+        code = exit_code(error)
     code = code if isinstance(code, int) else 0
     if any(thread.name == _UPKEEP for thread in threading.enumerate()):
         # Compaction of a scan that was stopped goes on until the very end; Python's own end would cut it off

@@ -9,6 +9,7 @@
     failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
     annotations/<number>.json      which files hold facts of decoders and explanations
     leases/<term>.json             who may scan; heartbeat.json says that they live
+    runs/<run>/summary-<term>.json what an attempt at a run did and cost
 
 Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit; `token` in activation
 rows is context * context length + position. Dense ordinals keep the position column small (design
@@ -38,6 +39,7 @@ VOCABULARY = "vocabulary.parquet"
 PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 SNAPSHOTS, MANIFESTS = "snapshots", "manifests"
 ANNOTATIONS = "annotations"
+RUNS = "runs"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))
 _FEATURE = pa.field("feature", pa.int32())

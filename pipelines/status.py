@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.contents import contents
-from pipelines.failures import Failure, Failures
+from pipelines.failures import Failures
 from pipelines.lease import running
 from pipelines.names import reading
 from pipelines.schema import KINDS
 from pipelines.storage import Store
+from pipelines.words import placed
 
 _COUNTS = ("documents", "quarantined", "tokens")
 
@@ -55,7 +56,7 @@ def _status(uri: str) -> Status:
     shown = set(held.shown.tolist())
     open_units = {unit.unit for unit in held.units if unit.ordinal not in shown}
     failures = sorted(Failures(store).last(open_units), key=lambda f: -f.time)
-    errors = {f.unit: _placed(f) for f in failures if f.final}
+    errors = {f.unit: placed(f.source, f.error) for f in failures if f.final}
     scan = running(store)
     flying = {unit for unit in scan[1].units if unit in open_units} if scan else set()
     facts = held.facts.filter(pc.is_in(held.facts["ordinal"], pa.array(held.shown)))
@@ -81,9 +82,3 @@ def _status(uri: str) -> Status:
         last_commit=None if last is None else time.time() - last,
         errors=tuple(dict.fromkeys(errors[unit] for unit in errors if unit in failed)),
     )
-
-
-def _placed(failure: Failure) -> str:
-    """A failure's error with the file it is about, named once."""
-    error, source = failure.error, failure.source
-    return error if error.startswith(source) else f"{source}: {error}"

@@ -10,3 +10,8 @@ def human(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError
+
+
+def placed(path: str, error: str) -> str:
+    """An error with the file it is about, named once."""
+    return error if error.startswith(path) else f"{path}: {error}"

@@ -386,7 +386,7 @@ def busy(*given):
     sort()
 
 class Stops:
-    workers = 1
+    workers = held = 1
     def run(self, *given):
         raise Interrupted("stopped")
     def close(self):

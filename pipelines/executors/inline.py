@@ -36,7 +36,7 @@ _NAP = 1.0  # seconds between looks at the clock while everything waits to be tr
 class InlineExecutor:
     """One scanner in this process."""
 
-    workers = 1
+    workers = held = 1
 
     def __init__(self, setup: Setup, policy: Policy | None = None) -> None:
         self.scanner = Scanner(setup)
@@ -84,7 +84,7 @@ class InlineExecutor:
             )
         else:
             scheduler.committed(attempt.number, time.monotonic())
-            observe(Committed(work, scanned.commit, scanned.own, scanned.measured))
+            observe(Committed(work, scanned.commit, scanned.own, scanned.measured, scanned.stages))
             return
         host = socket.gethostname()
         if reason.kind == "memory":  # this process is not to be trusted any more

@@ -24,8 +24,10 @@ from typing import Any
 
 import torch
 
+from pipelines import logs
 from pipelines.compaction import Task, perform
 from pipelines.executors.base import Committed, Observer, Progress, Reason, queue, report_failure
+from pipelines.executors.metrics import Meters, count_scanned
 from pipelines.failures import kind_of
 from pipelines.ledger import DataFileRecord
 from pipelines.scheduler import Attempt, Policy, Scheduler, Tried
@@ -112,6 +114,8 @@ class ScanWorker:
         self.done = (0, 0)
         self.number = 0  # of the attempt in hand
         self.unwanted = 0
+        self.meters = Meters("worker", setup.index)
+        logs.to_stderr()
 
     def ready(self) -> tuple[str, int]:
         """The host that it is on, and its process."""
@@ -123,7 +127,9 @@ class ScanWorker:
         try:
             if self.scanner is None:
                 self.scanner = Scanner(self.setup, self._add)
-            return self.scanner.scan(work)
+            scanned = self.scanner.scan(work)
+            count_scanned(self.meters, scanned)
+            return scanned
         except _Cancelled:
             return None
         except InputError as error:
@@ -192,6 +198,10 @@ class RayExecutor:
         _Drive(
             self._ray, self._slots, self._replace, Scheduler(queue(items), self.policy, tried), observe
         ).run()
+
+    @property
+    def held(self) -> int:
+        return sum(slot.joined for slot in self._slots.values())
 
     def merge(self, tasks: Sequence[Task]) -> list[dict[str, list[DataFileRecord]]]:
         """On the cluster, beside the actors: they may hold every core, so none is asked for."""
@@ -330,7 +340,7 @@ class _Drive:
         for other in others:
             self._dropped.add(other.number)
             self._slots[other.worker].actor.cancel.remote(other.number)
-        self._observe(Committed(work, result.commit, result.own, result.measured))
+        self._observe(Committed(work, result.commit, result.own, result.measured, result.stages))
 
     def _failed(self, attempt: Attempt[Work, int], reason: Reason, lost: bool) -> None:
         host = self._slots[attempt.worker].host
