@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from jobs.output import clock, count, message, placed
-from pipelines.counts import Counts, left
+from pipelines.counts import Counts
 from pipelines.executors.base import Event, Failed
 from pipelines.scan import Started
+from pipelines.words import left
 from sae_runtime.terminal import plain
 
 _LINE_EVERY = 10.0  # seconds

@@ -55,8 +55,3 @@ class Counts:
         tokens = sum(e.tokens for e in self.flying.values())
         flying = tokens * (self._bytes / self._tokens if self._tokens else _BYTES_A_TOKEN)
         return min(0.999, (self._bytes + flying) / max(1, self._size))
-
-
-def left(seconds: float, share: float) -> float | None:
-    """Seconds that the rest takes, when so many took a share; None where nothing is done yet."""
-    return seconds * (1 - share) / share if share > 0 else None

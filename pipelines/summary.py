@@ -122,6 +122,12 @@ def read(store: Store, run: int) -> RunSummary | None:
     return replace(summed, unaccounted=sum(holder.run == run for holder in holders(store, silent)))
 
 
+def newest(store: Store) -> RunSummary | None:
+    """The summary of the newest run that has one."""
+    attempts = _attempts(store)
+    return read(store, attempts[-1][0]) if attempts else None
+
+
 def read_all(store: Store) -> dict[int, RunSummary]:
     """Summaries by run, attempts without one left out: a listing, and an object for each attempt."""
     return _summed(store, _attempts(store))
@@ -160,7 +166,9 @@ def _parsed(store: Store, path: str, head: dict[str, Any]) -> RunSummary:
     except (KeyError, TypeError) as error:
         raise DataError(f"{store.uri}/{path}: damaged, not a run's summary; remove that file") from error
     if not path.startswith(f"{folder(found.run)}/"):
-        raise DataError(f"{store.uri}/{path}: damaged: it says that it is of run {found.run}")
+        raise DataError(
+            f"{store.uri}/{path}: damaged, it says that it is of run {found.run}; remove that file"
+        )
     return found
 
 
