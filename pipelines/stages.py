@@ -3,7 +3,7 @@
 Invariant: every second between a stopwatch's start and its last lap is in exactly one stage, so stages add up
 to the unit's time. SAEs are taken side by side in threads; the wall time of that is divided as the threads'
 own seconds are.
-Measured (2 cores, SmolLM2-135M): a lap costs 1 µs, of which there are some ten a chunk.
+Measured (a core of a Xeon): a lap costs 0.2 µs, dividing among 16 SAEs 5 µs, a few of them a chunk.
 """
 
 from __future__ import annotations
