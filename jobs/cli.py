@@ -23,6 +23,7 @@ from click.core import ParameterSource
 from jobs.annotate import annotate
 from jobs.diff import diff
 from jobs.export import export
+from jobs.jobs import jobs
 from jobs.output import (
     console,
     count,
@@ -37,6 +38,7 @@ from jobs.output import (
     uris,
 )
 from jobs.recipes import recipe, recipes
+from jobs.submit import submit
 from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, exit_code, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
@@ -153,13 +155,64 @@ def _end(quarantined: int, index: str) -> None:
 @cli.command()
 @click.argument("spec")
 @click.option("--index", metavar="URI", help="Plan for this index instead of the spec's.")
+@click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Plan for so many workers; default as many as `scan` starts here.",
+)
+@click.option(
+    "--device",
+    metavar="NAME",
+    help="What a worker has: cpu, B200, H200, H100, A100, L40S or L4; default by the spec and this machine.",
+)
+@click.option(
+    "--from",
+    "source",
+    metavar="INDEX",
+    help="Take constants from the last run of this index instead of the spec's.",
+)
+@click.option(
+    "--tokens-per-second",
+    "rate",
+    metavar="R",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Counted tokens that one worker does in a second, with all SAEs, instead of a measured speed.",
+)
+@click.option(
+    "--l0",
+    metavar="L",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Active features a token of every SAE, instead of measured or published ones.",
+)
+@click.option(
+    "--price-per-hour",
+    "price",
+    metavar="P",
+    type=click.FloatRange(min=0),
+    help="Of one worker, for the cost.",
+)
 @format_option
-def plan(spec: str, index: str | None, format_: str) -> None:
-    """What a scan of SPEC would do and cost, without running the model."""
-    from jobs.planview import facts, look, record
+def plan(
+    spec: str,
+    index: str | None,
+    workers: int | None,
+    device: str | None,
+    source: str | None,
+    rate: float | None,
+    l0: float | None,
+    price: float | None,
+    format_: str,
+) -> None:
+    """What a scan of SPEC would do and cost, without running the model.
+
+    Rows, bytes and time follow from a stated model whose constants are those of the last measured run of the
+    index (or of --from); what is assumed instead is said.
+    """
+    from jobs.planview import Asked, facts, look, record
     from jobs.specfile import load_spec
 
-    view = look(*load_spec(spec, index))
+    view = look(*load_spec(spec, index), Asked(workers, device, source, rate, l0, price))
     for line in view.prepared.warnings:
         message(line)
     if format_ == "table":
@@ -434,6 +487,8 @@ cli.add_command(recipes)
 cli.add_command(recipe)
 cli.add_command(diff)
 cli.add_command(export)
+cli.add_command(submit)
+cli.add_command(jobs)
 
 
 def _write_parquet(result: Any, output: str) -> None:

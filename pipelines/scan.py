@@ -27,6 +27,7 @@ from pipelines.failures import Failures
 from pipelines.faults import crash
 from pipelines.lease import Lease
 from pipelines.ledger import Ledger
+from pipelines.measured import measured
 from pipelines.ordinals import unpack
 from pipelines.planning import (
     Planned,
@@ -130,7 +131,8 @@ def run_scan(
             _name_limits(planned, spec, notice)
             if not todo.items and not planned.is_new:
                 return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
-            check_size(prepared, planned, estimate(prepared, planned, groups), spec.index)
+            constants = None if have is None else measured(store, planned.plans)
+            check_size(prepared, planned, estimate(prepared, planned, groups, constants), spec.index)
             if todo.items:
                 session.connect()
             crash("before-lease")
