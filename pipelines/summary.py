@@ -21,7 +21,7 @@ from pipelines.stages import DEVICE
 from pipelines.storage import Store, names
 from sae_runtime.errors import DataError
 
-_NAME = re.compile(r"(\d{6})/summary-(\d{6})")
+_NAME = re.compile(r"(\d{6,})/summary-(\d{6,})")
 # What follows from the fields: written for people, not read.
 _DERIVED = ("worker_hours", "gpu_hours", "tokens_per_second", "idle_share")
 # How two attempts' fields become one's; those that are in neither are the later attempt's.
