@@ -9,6 +9,7 @@ Four kinds, each with its own proof that it is dead:
 - annotations that others replaced, likewise;
 - work that nothing names, and the temporaries of writers that were killed: after UNFINISHED seconds, far
   beyond the age at which an attempt refuses to commit.
+Leases, failures and what is said of runs stay: they are the index's history, a few kB a run.
 Ages are told by the store's own clock, for both ends. Invariant: killed at any point it leaves an index that
 reads the same, and the next gc goes on.
 """

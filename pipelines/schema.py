@@ -10,6 +10,7 @@
     annotations/<number>.json      which files hold facts of decoders and explanations
     devices/<number>.json          the models of device that units are scanned on, each once
     leases/<term>.json             who may scan; heartbeat.json says that they live
+    runs/<run>/summary-<term>.json what an attempt at a run did and cost
 
 Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit; `token` in activation
 rows is context * context length + position. Dense ordinals keep the position column small (design
@@ -38,7 +39,7 @@ INDEX = "index.json"
 VOCABULARY = "vocabulary.parquet"
 PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 SNAPSHOTS, MANIFESTS = "snapshots", "manifests"
-ANNOTATIONS, DEVICES = "annotations", "devices"
+ANNOTATIONS, DEVICES, RUNS = "annotations", "devices", "runs"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))
 _FEATURE = pa.field("feature", pa.int32())
