@@ -20,7 +20,9 @@ import click
 from click.core import ParameterSource
 
 from jobs.annotate import annotate
+from jobs.changes import changes
 from jobs.diff import diff
+from jobs.endings import explain
 from jobs.export import export
 from jobs.output import (
     ago,
@@ -37,13 +39,12 @@ from jobs.output import (
     uris,
 )
 from jobs.recipes import recipe, recipes
+from jobs.schedule import schedule
 from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interrupted, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
 _TIDY_SECONDS = 10.0
 _UPKEEP = "upkeep"  # the thread of pipelines/upkeep.py, which is slow to import
-# Errors of a disk or a filesystem that mean a wrong path, not a failure.
-_WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -418,6 +419,8 @@ cli.add_command(recipes)
 cli.add_command(recipe)
 cli.add_command(diff)
 cli.add_command(export)
+cli.add_command(changes)
+cli.add_command(schedule)
 
 
 def _write_parquet(result: Any, output: str) -> None:
@@ -466,23 +469,8 @@ def main() -> None:
     """Entry point of the `corpuscope` command."""
     try:
         code = cli.main(prog_name="corpuscope", standalone_mode=False)
-    except CorpuscopeError as error:
-        message(f"error: {error}")
-        code = error.exit_code
-    except click.UsageError as error:
-        hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        message(f"error: {error.format_message()}{hint}")
-        code = InputError.exit_code
-    except click.ClickException as error:
-        message(f"error: {error.format_message()}")
-        code = InputError.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        message("stopped; run the same command again to go on")
-        code = Interrupted.exit_code
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        message(f"error: {where}{error.strerror or one_line(error)}")
-        code = InputError.exit_code if isinstance(error, _WRONG_PATH) else CorpuscopeError.exit_code
+    except (CorpuscopeError, click.ClickException, click.Abort, KeyboardInterrupt, OSError) as error:
+        code = explain(error)
     code = code if isinstance(code, int) else 0
     if any(thread.name == _UPKEEP for thread in threading.enumerate()):
         # Compaction of a scan that was stopped goes on until the very end; Python's own end would cut it off

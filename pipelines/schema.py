@@ -8,6 +8,8 @@
     data/<kind>/<unit>.<group>-<attempt>.parquet
     failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
     annotations/<number>.json      which files hold facts of decoders and explanations
+    schedules/<name>/<due>.<attempt>.began.json    which due times were served; .ended.json how
+    runs/<run>/changes.json        features that the run's documents brought, moved and lost
     leases/<term>.json             who may scan; heartbeat.json says that they live
 
 Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit; `token` in activation
@@ -38,6 +40,8 @@ VOCABULARY = "vocabulary.parquet"
 PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 SNAPSHOTS, MANIFESTS = "snapshots", "manifests"
 ANNOTATIONS = "annotations"
+RUNS = "runs"
+SCHEDULES = "schedules"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))
 _FEATURE = pa.field("feature", pa.int32())
