@@ -23,9 +23,15 @@ STRONGEST = 100  # of each kind of change, in the record
 
 @click.command()
 @click.argument("index")
-@click.option("--run", metavar="N", type=click.IntRange(min=1), help="This run; default the newest with documents.")
 @click.option(
-    "--limit", default=20, show_default=True, type=click.IntRange(min=1), help="Features of each kind, at most."
+    "--run", metavar="N", type=click.IntRange(min=1), help="This run; default the newest with documents."
+)
+@click.option(
+    "--limit",
+    default=20,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Features of each kind, at most.",
 )
 @click.option(
     "--min-documents",
@@ -109,7 +115,9 @@ def record(found: Changes) -> dict[str, Any]:
         "tested": found.tested,
         "not_kept": found.not_kept,
         "saes": found.counts,
-        "strongest": {change: [_finite(row) for row in found.strongest(change, STRONGEST)] for change in CHANGES},
+        "strongest": {
+            change: [_finite(row) for row in found.strongest(change, STRONGEST)] for change in CHANGES
+        },
     }
 
 

@@ -24,6 +24,7 @@ from jobs.changes import changes
 from jobs.diff import diff
 from jobs.endings import explain
 from jobs.export import export
+from jobs.jobs import jobs
 from jobs.output import (
     ago,
     console,
@@ -40,7 +41,8 @@ from jobs.output import (
 )
 from jobs.recipes import recipe, recipes
 from jobs.schedule import schedule
-from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interrupted, one_line
+from jobs.submit import submit
+from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
 _TIDY_SECONDS = 10.0
@@ -421,6 +423,8 @@ cli.add_command(diff)
 cli.add_command(export)
 cli.add_command(changes)
 cli.add_command(schedule)
+cli.add_command(submit)
+cli.add_command(jobs)
 
 
 def _write_parquet(result: Any, output: str) -> None:

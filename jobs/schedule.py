@@ -29,7 +29,18 @@ if TYPE_CHECKING:
     from pipelines.spec import ScanSpec
     from pipelines.storage import Store
 
-COLUMNS = ("spec", "state", "cron", "timezone", "last_run", "last_exit", "last_due", "next_due", "index", "note")
+COLUMNS = (
+    "spec",
+    "state",
+    "cron",
+    "timezone",
+    "last_run",
+    "last_exit",
+    "last_due",
+    "next_due",
+    "index",
+    "note",
+)
 # What `list` says of a spec beside the states of pipelines/due.py.
 NEVER, ERROR = "never", "error"
 _WORSE = (0, 3, 75, 1, 2)  # exit codes; the last is the worst
@@ -86,7 +97,11 @@ def list_(folder: str, now: datetime, format_: str) -> None:
     error     the spec, or the index's records, cannot be read; `note` says why
     """
     rows = [_row(path, now) for path in specs(folder)]
-    shown = COLUMNS if format_ != "table" else tuple(c for c in COLUMNS if any(row[c] is not None for row in rows))
+    shown = (
+        COLUMNS
+        if format_ != "table"
+        else tuple(c for c in COLUMNS if any(row[c] is not None for row in rows))
+    )
     print_rows(rows, format_, shown)
     if any(row["state"] == ERROR for row in rows):
         click.get_current_context().exit(InputError.exit_code)
@@ -99,10 +114,14 @@ def list_(folder: str, now: datetime, format_: str) -> None:
     metavar="URL",
     help="Submit to this cluster (its dashboard, http://HOST:8265), or scan here on the Ray cluster at this address.",
 )
-@click.option("--shared", is_flag=True, help="As `submit --shared`: every machine there sees the specs' local paths.")
+@click.option(
+    "--shared", is_flag=True, help="As `submit --shared`: every machine there sees the specs' local paths."
+)
 @click.option("--executor", metavar="ray|inline", help="As `scan --executor`.")
 @click.option("--workers", metavar="N", help="As `scan --workers`.")
-@click.option("--name", metavar="NAME", help="Of one spec: its schedule's name in the index; default the file's.")
+@click.option(
+    "--name", metavar="NAME", help="Of one spec: its schedule's name in the index; default the file's."
+)
 @click.option("--quiet", is_flag=True, help="Say nothing of specs that are not due.")
 @now_option
 def run(
@@ -203,7 +222,9 @@ def _turn(
         stands = due.standing(store, name, latest)
         if stands.unsure:
             assert stands.last is not None
-            quietly(f"{name}: {_who(stands.last)} has begun it; seeing in {stands.unsure:.0f} s whether it lives")
+            quietly(
+                f"{name}: {_who(stands.last)} has begun it; seeing in {stands.unsure:.0f} s whether it lives"
+            )
             time.sleep(stands.unsure)
             stands = due.standing(store, name, latest)
         if stands.state != "due":
@@ -290,7 +311,9 @@ def _serving(
         cluster = _Cluster(address, shared, workers)
         return lambda path: _submitted(path, cluster)
     if shared:
-        raise InputError("--shared: is for submitted scans; give a cluster's dashboard, --address http://HOST:8265")
+        raise InputError(
+            "--shared: is for submitted scans; give a cluster's dashboard, --address http://HOST:8265"
+        )
     if executor == "inline" and (address or workers):
         raise InputError("--executor inline: runs in this process alone; drop --address and --workers")
     options = {"--executor": executor, "--address": address, "--workers": workers}

@@ -28,7 +28,11 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 @click.command("export")
 @click.argument("folder", metavar="DIR")
 @click.option(
-    "--format", "format_", type=click.Choice(["crontab", "systemd", "k8s"]), required=True, help="Whose entries."
+    "--format",
+    "format_",
+    type=click.Choice(["crontab", "systemd", "k8s"]),
+    required=True,
+    help="Whose entries.",
 )
 @click.option("-o", "--output", metavar="DIR", help="Write files into this folder instead of to stdout.")
 @click.option(
@@ -86,7 +90,10 @@ def export(
         files = make(command, int(every), place)
         _check(found)
     if output is None:
-        click.echo("\n".join(text if len(files) == 1 else f"# {name}\n{text}" for name, text in files.items()), nl=False)
+        click.echo(
+            "\n".join(text if len(files) == 1 else f"# {name}\n{text}" for name, text in files.items()),
+            nl=False,
+        )
         return
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
@@ -158,7 +165,7 @@ def _k8s(
         cron, zone = spec.schedule.cron, spec.schedule.timezone
         files[f"{name}.yaml"] = dump(raycronjob(name, cron, zone, entry, text, settings))
     if not files:
-        raise InputError("none of the specs has a `schedule`, a cron line such as \"0 3 * * *\"")
+        raise InputError('none of the specs has a `schedule`, a cron line such as "0 3 * * *"')
     return files
 
 

@@ -133,15 +133,17 @@ def outdated(records: Sequence[str]) -> set[str]:
         folder, _, file = record.rpartition("/")
         if match := _RECORD.fullmatch(file):
             by_name.setdefault(folder, {}).setdefault(match["due"], []).append(record)
-    return {
-        record for dues in by_name.values() for due in sorted(dues)[:-KEPT] for record in dues[due]
-    }
+    return {record for dues in by_name.values() for due in sorted(dues)[:-KEPT] for record in dues[due]}
 
 
 def _scans(store: Store, by: Holder) -> bool:
     """Whether the scan that is at work is of that process, by its heartbeat and the clocks."""
     scan = running(store)
-    return scan is not None and (scan[0].host, scan[0].process, scan[0].boot) == (by.host, by.process, by.boot)
+    return scan is not None and (scan[0].host, scan[0].process, scan[0].boot) == (
+        by.host,
+        by.process,
+        by.boot,
+    )
 
 
 def _records(store: Store, name: str) -> list[re.Match[str]]:

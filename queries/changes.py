@@ -71,7 +71,8 @@ def changes(
     InputError where the run has no documents, or no SAE has document rows.
     """
     n, earlier = con.execute(
-        "SELECT count(*) FILTER (run = $1), count(*) FILTER (run < $1) FROM documents WHERE n_tokens > 0", [run]
+        "SELECT count(*) FILTER (run = $1), count(*) FILTER (run < $1) FROM documents WHERE n_tokens > 0",
+        [run],
     ).fetchall()[0]
     if not n:
         raise InputError(f"run {run}: the index has no documents of it; `runs` lists what each run scanned")
