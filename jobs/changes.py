@@ -23,15 +23,13 @@ STRONGEST = 100  # of each kind of change, in the record
 
 @click.command()
 @click.argument("index")
-@click.option(
-    "--run", metavar="N", type=click.IntRange(min=1), help="This run; default the newest with documents."
-)
+@click.option("--run", metavar="N", type=click.IntRange(min=1), help="This run; by default the newest.")
 @click.option(
     "--limit",
     default=20,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Features of each kind, at most.",
+    help="Features of a kind, at most.",
 )
 @click.option(
     "--min-documents",

@@ -112,7 +112,7 @@ def list_(folder: str, now: datetime, format_: str) -> None:
 @click.option(
     "--address",
     metavar="URL",
-    help="Submit to this cluster (its dashboard, http://HOST:8265), or scan here on the Ray cluster at this address.",
+    help="Submit to the dashboard there (http://HOST:8265), or scan here on the Ray at this address.",
 )
 @click.option(
     "--shared", is_flag=True, help="As `submit --shared`: every machine there sees the specs' local paths."

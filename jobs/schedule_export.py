@@ -1,10 +1,12 @@
 """`corpuscope schedule export`: entries for the scheduler that people have, which start `schedule run`.
 
-crontab and systemd get one entry for the folder that starts `schedule run` every few minutes; whether a spec is
-due is decided there. So their own ideas of time zones, of changes of the clocks and of missed times do not
+crontab and systemd get one entry for the folder that starts `schedule run` every few minutes; whether a spec
+is due is decided there. So their own ideas of time zones, of changes of the clocks and of missed times do not
 matter: Debian's cron has no CRON_TZ, systemd's OnCalendar has no equal for `0 3 1 * MON`, and neither knows
-whether another machine has been first. Kubernetes pays for a machine at every start, so it gets a RayCronJob for
-each spec, at the spec's own times; a cron line that means something else to it is refused by name.
+whether another machine has been first. Kubernetes pays for a machine at every start, so it gets a RayCronJob
+for each spec, at the spec's own times; a cron line that means something else to it is refused by name.
+
+Invariant: what is written runs by absolute paths and needs no environment but the user's own.
 """
 
 from __future__ import annotations
@@ -112,9 +114,10 @@ def crontab(command: list[str], every: int, folder: str) -> dict[str, str]:
     """A crontab line; cron takes `%` for a line break unless there is a backslash before it."""
     line = shlex.join(command).replace("%", r"\%")
     text = (
-        f"# Scans the specs in {folder} that are due, by their own cron lines and time zones; corpuscope decides,\n"
-        "# so no CRON_TZ is needed, nor flock: a due time is served once. Add it by `crontab -e`. Exit codes 3\n"
-        "# (documents quarantined) and 75 (another scan is running) are no failures.\n"
+        f"# Scans the specs in {folder} that are due.\n"
+        "# By their own cron lines and time zones, so no CRON_TZ is needed; nor flock, as a due time is\n"
+        "# served once. Exit codes 3 (documents quarantined) and 75 (another scan of the index is\n"
+        "# running) are no failures.\n"
         f"{_minutes(every)} * * * * {line}\n"
     )
     return {"crontab": text}
@@ -130,7 +133,7 @@ def systemd(command: list[str], every: int, folder: str) -> dict[str, str]:
         "After=network-online.target\nWants=network-online.target\n\n"
         "[Service]\nType=oneshot\n"
         f"ExecStart={' '.join(map(_systemd_word, command))}\n"
-        "# 3: done, documents quarantined. 75: another scan of the index is running, or this one was stopped.\n"
+        "# 3: done, with documents quarantined. 75: another scan is running, or this was stopped.\n"
         "SuccessExitStatus=3 75\n"
         "# A scan that is stopped gives its lease back; the workers end with it.\n"
         "KillMode=mixed\nTimeoutStopSec=60\n"
@@ -180,8 +183,8 @@ def check_portable(path: Path, cron: str) -> None:
     starred = [field for field in (day, weekday) if field.startswith("*") and field != "*"]
     if starred and "*" not in (day, weekday):
         raise InputError(
-            f"{where}: of a day of month and a day of week one is {starred[0]}; cron wants both to be right then, "
-            "Kubernetes one of them; write the days out"
+            f"{where}: with {starred[0]} cron wants day of month and day of week to be right, "
+            "Kubernetes either; write the days out"
         )
 
 
@@ -203,8 +206,8 @@ def _check_places(path: Path, text: str) -> None:
     for key, place in places:
         if "://" not in place and not place.startswith("/"):
             raise InputError(
-                f"{path}: {key}: {place}: a pod has no folder of the spec; give a URI such as s3://…, or an absolute "
-                "path that is mounted in the pods"
+                f"{path}: {key}: {place}: no pod has the spec's folder; give a URI such as s3://…, or an "
+                "absolute path that is mounted in the pods"
             )
 
 

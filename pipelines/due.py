@@ -4,9 +4,9 @@ An attempt at a due time is one process that scans for it, or hands it to a clus
 absent, so of any number that find the same time due one serves it; `ended.json` says how that went.
 Invariant: a due time is served when an attempt at it ended with 0 or 3, and is given up when `ATTEMPTS`
 attempts did not. 75 is no attempt: the work goes on later. An attempt without an end is taken up by the next
-number once its process is seen to be gone; of a process elsewhere that is told `PATIENCE` seconds after it began,
-by whether its scan has a heartbeat. Whoever is taken for dead and is not loses nothing: the lease keeps scans
-apart, and a scan of what is scanned does nothing.
+number once its process is seen to be gone; of a process elsewhere that is told `PATIENCE` seconds after it
+began, by whether its scan has a heartbeat. Whoever is taken for dead and is not loses nothing: the lease
+keeps scans apart, and a scan of what is scanned does nothing.
 
 What was missed is not made up for one by one: the latest due time stands for all before it. The name is the
 spec's file name, so two machines with copies of one folder serve each time once.

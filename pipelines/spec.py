@@ -194,7 +194,7 @@ class ContextSettings(_Frozen):
 
 
 class Schedule(_Frozen):
-    """When `corpuscope schedule run` is to scan: a cron line of five fields, as the clocks of a zone show it."""
+    """When `corpuscope schedule run` is to scan: a cron line of five fields, by the clocks of a zone."""
 
     cron: Annotated[Text, AfterValidator(check_cron)]
     timezone: Annotated[Text, AfterValidator(check_zone)] = "UTC"  # a name of the IANA's

@@ -6,9 +6,9 @@
                no more often than q <= Q says
 
 Invariant: drifted and died come from one test, `queries.diff` of the run's documents against those of all
-earlier runs, with q over all features that it tests; appeared is a fact and is not tested (q is given where it
-was). Documents of later runs, and such as the corpus has dropped, are in neither set. An SAE whose document
-rows were not kept is named, never answered for.
+earlier runs, with q over all features that it tests; appeared is a fact and is not tested (q is given where
+it was). Documents of later runs, and such as the corpus has dropped, are in neither set. An SAE whose
+document rows were not kept is named, never answered for.
 """
 
 from __future__ import annotations
