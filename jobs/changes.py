@@ -64,9 +64,9 @@ def changes(index: str, run: int | None, limit: int, min_documents: int, format_
 
 def words(found: Changes) -> list[str]:
     """A summary for people, a line or two."""
-    new = f"run {found.run}: {count(found.documents, 'document')}"
+    new = f"run {found.run}: {count(found.documents, 'document')} with tokens"
     if not found.earlier_documents:
-        lines = [f"{new}, none before; features appear, drift or die from the next run on"]
+        lines = [f"{new} and none before, so nothing has changed yet"]
     else:
         lines = [
             f"{new} against {found.earlier_documents:,} of earlier runs: "

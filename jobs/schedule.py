@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs.endings import explain
-from jobs.output import format_option, message, print_rows
+from jobs.output import count, format_option, message, print_rows
 from jobs.schedule_export import export
 from sae_runtime.errors import CorpuscopeError, InputError, Interrupted, one_line
 
 if TYPE_CHECKING:
-    from pipelines.due import Attempt
+    from pipelines.due import Attempt, Standing
     from pipelines.spec import ScanSpec
     from pipelines.storage import Store
 
@@ -56,9 +56,9 @@ class _Cluster:
     workers: str | None
 
 
-def _instant(context: click.Context, option: click.Parameter, value: str | None) -> datetime:
+def _instant(context: click.Context, option: click.Parameter, value: str | None) -> datetime | None:
     if value is None:
-        return datetime.now(timezone.utc)
+        return None
     try:
         found = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
     except ValueError as error:
@@ -85,18 +85,18 @@ schedule.add_command(export)
 @click.argument("folder", metavar="DIR")
 @now_option
 @format_option
-def list_(folder: str, now: datetime, format_: str) -> None:
+def list_(folder: str, now: datetime | None, format_: str) -> None:
     """The specs of DIR (*.yaml, or one spec file): when each is due, and whether that was served.
 
     \b
     due       the latest due time has not been served: `schedule run` would scan
     running   an attempt at a due time is at work
     waiting   served, until the next due time
-    failed    five attempts at the latest due time failed; given up until the next one
+    failed    attempts at the latest due time failed; `note` says when it is tried again
     never     the spec has no `schedule`, or one that is never due
     error     the spec, or the index's records, cannot be read; `note` says why
     """
-    rows = [_row(path, now) for path in specs(folder)]
+    rows = [_row(path, now or datetime.now(timezone.utc)) for path in specs(folder)]
     shown = (
         COLUMNS
         if format_ != "table"
@@ -132,7 +132,7 @@ def run(
     workers: str | None,
     name: str | None,
     quiet: bool,
-    now: datetime,
+    now: datetime | None,
 ) -> None:
     """Scan every spec of DIR (*.yaml, or one spec file) that is due now, one after another, and end.
 
@@ -145,7 +145,11 @@ def run(
         raise InputError(f"--name {name}: is of one spec; give its file instead of the folder {folder}")
     serve = _serving(address, shared, executor, workers)
     quietly: Callable[[str], None] = (lambda text: None) if quiet else message
-    codes = [_turn(path, name or path.stem, now, serve, quietly) for path in found]
+    codes = [
+        # By the clock as it is then: scans take their time.
+        _turn(path, name or path.stem, now or datetime.now(timezone.utc), serve, quietly)
+        for path in found
+    ]
     click.get_current_context().exit(max(codes, key=_WORSE.index))
 
 
@@ -177,7 +181,7 @@ def _row(path: Path, now: datetime) -> dict[str, Any]:
             return row | {"state": NEVER}
         row |= {"cron": when.cron, "timezone": when.timezone}
         due, coming = last_due(when.cron, when.timezone, now), next_due(when.cron, when.timezone, now)
-        stands = standing(Store(spec.index), path.stem, due)
+        stands = standing(Store(spec.index), path.stem, due, now)
     except (CorpuscopeError, OSError) as error:
         return row | {"note": one_line(error)}
     last = stands.last
@@ -193,6 +197,8 @@ def _row(path: Path, now: datetime) -> dict[str, Any]:
         row["last_exit"] = last.ended.exit_code if last.ended else None
         if last.ended and last.ended.job:
             row["note"] = f"submitted as {last.ended.job}"
+        elif stands.again is not None:
+            row["note"] = f"tried again {_when(stands.again, when.timezone)}"
         elif last.ended is None and stands.state != "running":
             row["note"] = f"attempt {last.number}, {_who(last)}, did not end"
     return row
@@ -219,14 +225,14 @@ def _turn(
             return 0
         store = Store(spec.index)
         latest = last_due(spec.schedule.cron, spec.schedule.timezone, now)
-        stands = due.standing(store, name, latest)
+        stands = due.standing(store, name, latest, now)
         if stands.unsure:
             assert stands.last is not None
             quietly(
                 f"{name}: {_who(stands.last)} has begun it; seeing in {stands.unsure:.0f} s whether it lives"
             )
             time.sleep(stands.unsure)
-            stands = due.standing(store, name, latest)
+            stands = due.standing(store, name, latest, now)
         if stands.state != "due":
             quietly(f"{name}: {_why_not(spec, stands, now)}")
             return 0
@@ -239,7 +245,6 @@ def _turn(
             quietly(f"{name}: another process has just begun it")
             return 0
     except (CorpuscopeError, OSError) as error:
-        message(f"{name}:")
         return explain(error)
     return _attempt(path, name, store, attempt, serve)
 
@@ -257,44 +262,52 @@ def _attempt(
 
     late = f", attempt {attempt.number}" if attempt.number > 1 else ""
     message(f"{name}: due since {attempt.due:%Y-%m-%d %H:%M} UTC{late}")
-    job: str | None = None
+    job, run = None, None
     try:
         code, job = serve(path)
+        if job is None and (plan := last_scan(read_plans(store))):
+            run = plan.run
     except (CorpuscopeError, click.ClickException, OSError) as error:
         code = explain(error)
     except KeyboardInterrupt:
         due.end(store, name, attempt, Interrupted.exit_code, None, None)
         raise
     except Exception:  # a defect: in its whole length for whoever mends it, and the others have their turn
-        message(traceback.format_exc())
+        click.echo(traceback.format_exc(), err=True)
         code = CorpuscopeError.exit_code
-    plan = None if job else last_scan(read_plans(store))
-    due.end(store, name, attempt, code, plan.run if plan else None, job)
-    if plan is None or code not in due.SERVED:
+    due.end(store, name, attempt, code, run, job)
+    if run is None or code not in due.SERVED:
         return code
     from jobs.changes import leave
 
     try:
-        for line in leave(store, plan.run):
+        for line in leave(store, run):
             message(f"{name}: {line}")
     except (CorpuscopeError, OSError) as error:
         return max(code, explain(error), key=_WORSE.index)
     return code
 
 
-def _why_not(spec: ScanSpec, stands: Any, now: datetime) -> str:
-    from pipelines.due import ATTEMPTS
-    from pipelines.schedules import local, next_due
+def _why_not(spec: ScanSpec, stands: Standing, now: datetime) -> str:
+    from pipelines.schedules import next_due
 
     when = spec.schedule
     assert when is not None
     coming = next_due(when.cron, when.timezone, now)
-    then = "never again" if coming is None else f"next {local(coming, when.timezone):%Y-%m-%d %H:%M %Z}"
+    then = "never again" if coming is None else f"next {_when(coming, when.timezone)}"
     if stands.state == "running":
+        assert stands.last is not None
         return f"{_who(stands.last)} is at it"
-    if stands.state == "failed":
-        return f"given up after {ATTEMPTS} attempts that failed; {then}"
+    if stands.again is not None:
+        failed = count(stands.next_number - 1, "attempt")
+        return f"{failed} failed; tried again {_when(stands.again, when.timezone)}"
     return f"not due; {then}"
+
+
+def _when(instant: datetime, zone: str) -> str:
+    from pipelines.schedules import local
+
+    return f"{local(instant, zone):%Y-%m-%d %H:%M %Z}"
 
 
 def _who(attempt: Attempt) -> str:

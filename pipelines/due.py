@@ -2,11 +2,11 @@
 
 An attempt at a due time is one process that scans for it, or hands it to a cluster. `began.json` is put if
 absent, so of any number that find the same time due one serves it; `ended.json` says how that went.
-Invariant: a due time is served when an attempt at it ended with 0 or 3, and is given up when `ATTEMPTS`
-attempts did not. 75 is no attempt: the work goes on later. An attempt without an end is taken up by the next
-number once its process is seen to be gone; of a process elsewhere that is told `PATIENCE` seconds after it
-began, by whether its scan has a heartbeat. Whoever is taken for dead and is not loses nothing: the lease
-keeps scans apart, and a scan of what is scanned does nothing.
+Invariant: a due time is served when an attempt at it ended with 0 or 3. After 75 the work goes on whenever
+somebody comes; after other failures too, from the second on with pauses that double, until the next due time
+takes its place. An attempt without an end is a failure, once its process is seen to be gone; of a process
+elsewhere that is told `PATIENCE` seconds after it began, by whether its scan has a heartbeat. Whoever is taken
+for dead and is not loses nothing: the lease keeps scans apart, and a scan of what is scanned does nothing.
 
 What was missed is not made up for one by one: the latest due time stands for all before it. The name is the
 spec's file name, so two machines with copies of one folder serve each time once.
@@ -26,10 +26,10 @@ from pipelines.lease import Holder, lives_here, running, this_process
 from pipelines.registry import dump
 from pipelines.schema import SCHEDULES
 from pipelines.storage import Store
-from sae_runtime.errors import QUARANTINED, DataError, Interrupted
+from sae_runtime.errors import QUARANTINED, DataError, Interrupted, one_line
 
-ATTEMPTS = 5
 PATIENCE = 120.0  # seconds; then a scan has its lease, or it costs little to plan it twice
+PAUSE, LONGEST_PAUSE = 300.0, 14_400.0  # seconds, after the second failure and at most
 KEPT = 100  # due times of a schedule whose records `gc` keeps
 SERVED = (0, QUARANTINED)
 State = Literal["due", "running", "waiting", "failed"]
@@ -68,9 +68,10 @@ class Standing:
     next_number: int  # of an attempt at it
     last: Attempt | None  # the newest attempt at any due time
     unsure: float = 0.0  # running elsewhere: seconds until it can be told whether it is
+    again: datetime | None = None  # failed: when it is tried again
 
 
-def standing(store: Store, name: str, due: datetime | None) -> Standing:
+def standing(store: Store, name: str, due: datetime | None, now: datetime) -> Standing:
     """Where the schedule of a name stands whose latest due time is `due`: a listing and a few small objects.
 
     Raises DataError where a record is damaged, InputError for a name that cannot be one in an index.
@@ -86,11 +87,17 @@ def standing(store: Store, name: str, due: datetime | None) -> Standing:
             return Standing("running", due, 1, last, unsure)
     if due is None or last.due > due or (last.due == due and last.ended and last.ended.exit_code in SERVED):
         return Standing("waiting", due, 1, last)
-    numbers = [number for at, number in found if at == due]
-    tried = [read(store, name, due, number).ended for number in numbers]
-    failed = sum(ended is None or ended.exit_code != Interrupted.exit_code for ended in tried)
-    given_up = failed >= ATTEMPTS
-    return Standing("failed" if given_up else "due", due, 1 + max(numbers, default=0), last)
+    numbers = [each for at, each in found if at == due]
+    number = 1 + max(numbers, default=0)
+    tried = [read(store, name, due, each) for each in numbers]
+    failed = [a for a in tried if a.ended is None or a.ended.exit_code != Interrupted.exit_code]
+    if len(failed) > 1:
+        pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** (len(failed) - 2))
+        ended = failed[-1].ended.time if failed[-1].ended else failed[-1].time
+        again = datetime.fromtimestamp(ended + pause, timezone.utc)
+        if now < again:
+            return Standing("failed", due, number, last, again=again)
+    return Standing("due", due, number, last)
 
 
 def begin(store: Store, name: str, due: datetime, number: int) -> Attempt | None:
@@ -117,7 +124,7 @@ def read(store: Store, name: str, due: datetime, number: int) -> Attempt:
         return Attempt(due, int(began["number"]), float(began["time"]), Holder(**began["by"]), over)
     except (KeyError, TypeError, ValueError) as error:
         where = f"{store.uri}/{_name(name, due, number, 'began')}"
-        raise DataError(f"{where}: damaged; remove the records of this due time") from error
+        raise DataError(f"{where}: damaged, no record: {one_line(error)}; remove it") from error
 
 
 def attempts(store: Store) -> Iterator[tuple[str, datetime, int]]:
@@ -165,4 +172,4 @@ def _object(store: Store, name: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise DataError(f"{store.uri}/{name}: damaged; remove the records of this due time") from error
+        raise DataError(f"{store.uri}/{name}: damaged, not a JSON object; remove it") from error
