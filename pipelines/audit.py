@@ -466,7 +466,7 @@ def _check_nodes(state: _State, index: _Index, snapshot: Snapshot, nodes: Sequen
 
 
 def _records(state: _State) -> None:
-    """Check that the records of due times and of what runs changed can be read; data do not depend on them."""
+    """Check that records of due times and of what runs changed can be read; data do not depend on them."""
     state.told("schedules and runs")
     store, findings = state.store, state.findings
     for attempt in due.attempts(store):

@@ -5,8 +5,9 @@ absent, so of any number that find the same time due one serves it; `ended.json`
 Invariant: a due time is served when an attempt at it ended with 0 or 3. After 75 the work goes on whenever
 somebody comes; after other failures too, from the second on with pauses that double, until the next due time
 takes its place. An attempt without an end is a failure, once its process is seen to be gone; of a process
-elsewhere that is told `PATIENCE` seconds after it began, by whether its scan has a heartbeat. Whoever is taken
-for dead and is not loses nothing: the lease keeps scans apart, and a scan of what is scanned does nothing.
+elsewhere that is told `PATIENCE` seconds after it began, by whether its scan has a heartbeat. Whoever is
+taken for dead and is not loses nothing: the lease keeps scans apart, and a scan of what is scanned does
+nothing.
 
 What was missed is not made up for one by one: the latest due time stands for all before it. The name is the
 spec's file name, so two machines with copies of one folder serve each time once.

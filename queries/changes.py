@@ -87,14 +87,18 @@ def changes(
         return Changes(run, n, 0, 0, min_documents, counts, not_kept, nothing)
     found = differences.diff(con, f"run = {run}", f"run < {run}", kept, min_documents, told=told)
     con.register("_changes_tested", found.table)
+    parts = [nothing]
     try:
-        told("features that are active in one of the sets")
-        table = lookup.arrow_table(con.execute(_STATEMENT, {"run": run, "q": Q}))
+        con.execute(_SETS, [run])
+        for sae in kept:  # one at a time: a row of an SAE without rows is an error, whatever is asked of it
+            told(f"{sae}, features that are active")
+            parts.append(lookup.arrow_table(con.execute(_CHANGED, {"sae": sae, "q": Q})).cast(nothing.schema))
     except duckdb.Error as error:
         raise DataError(f"index: damaged: {one_line(error)}") from error
     finally:
         con.unregister("_changes_tested")
-    table = pa.concat_tables([nothing, table.select(list(COLUMNS)).cast(nothing.schema)])
+        con.execute("DROP TABLE IF EXISTS _changes_sets")
+    table = _strongest_first(pa.concat_tables(parts))
     counted = table.group_by(["sae", "change"]).aggregate([([], "count_all")]).to_pylist()
     counts = {sae: dict.fromkeys(CHANGES, 0) for sae in kept}
     for row in counted:
@@ -108,19 +112,37 @@ def _type(column: str) -> pa.DataType:
     return pa.int64() if column in ("feature", "documents", "earlier_documents") else pa.float64()
 
 
-# Strongest first: what appeared by its documents, the rest by the bound of its effect that is nearest to 0.
-_STATEMENT = """
-WITH sets AS (
-    SELECT document, run = $run AS new FROM documents WHERE n_tokens > 0 AND run <= $run
-), active AS (
+def _strongest_first(table: pa.Table) -> pa.Table:
+    """By kind; what appeared by its documents, the rest by the bound of the effect that is nearest to 0."""
+    appeared = pc.equal(table["change"], "appeared")
+    bound = pc.max_element_wise(table["low"], pc.negate(table["high"]), pa.scalar(0.0))
+    keys = {
+        "change": table["change"],
+        "strength": pc.if_else(appeared, pc.cast(table["documents"], pa.float64()), bound),
+        "p": table["p"],
+        "reach": pc.abs(pc.coalesce(table["max"], table["earlier_max"])),
+        "sae": table["sae"],
+        "feature": table["feature"],
+    }
+    descending = ("strength", "reach")
+    order = [(key, "descending" if key in descending else "ascending") for key in keys]
+    return table.take(pc.sort_indices(pa.table(keys), order))
+
+
+_SETS = """
+CREATE OR REPLACE TEMP TABLE _changes_sets AS
+SELECT document, run = $1 AS new FROM documents WHERE n_tokens > 0 AND run <= $1
+"""
+_CHANGED = f"""
+WITH active AS (
     SELECT
         f.sae, f.feature,
         count(*) FILTER (s.new) AS documents, count(*) FILTER (NOT s.new) AS earlier_documents,
         _furthest(max(f.max) FILTER (s.new), min(f.max) FILTER (s.new)) AS max,
         _furthest(max(f.max) FILTER (NOT s.new), min(f.max) FILTER (NOT s.new)) AS earlier_max
     FROM document_features AS f
-    JOIN sets AS s ON s.document = f.document
-    WHERE f.sae IN (SELECT sae FROM _declared_saes WHERE keep <> 'none')
+    JOIN _changes_sets AS s ON s.document = f.document
+    WHERE f.sae = $sae
     GROUP BY f.sae, f.feature
 ), changed AS (
     SELECT
@@ -131,9 +153,5 @@ WITH sets AS (
     LEFT JOIN _changes_tested AS t ON t.sae = a.sae AND t.feature = a.feature
     WHERE a.earlier_documents = 0 OR t.q <= $q
 )
-SELECT * FROM changed
-ORDER BY
-    change,
-    CASE WHEN change = 'appeared' THEN documents ELSE greatest(low, -high, 0) END DESC,
-    p, abs(max) DESC, sae, feature
+SELECT {", ".join(COLUMNS)} FROM changed
 """
