@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import cluster
 import jsonschema
 import numpy as np
 import pytest
@@ -25,10 +27,12 @@ import yaml
 from cronsim import CronSim
 from forks import fork
 from kuberay import SCHEMAS
+from test_resume import ROOT
 
 import queries
 from jobs import cli
 from jobs.changes import STRONGEST
+from jobs.rayjobs import Jobs
 from jobs.specfile import load_spec
 from pipelines import due, gc
 from pipelines.lease import Lease, this_process
@@ -265,7 +269,7 @@ def test_a_growing_folder(
     [row] = listed(schedule, specs, "2026-11-07T04:00:00Z")
     assert (row["state"], row["last_exit"]) == ("waiting", 0)
     assert (row["last_due"], row["next_due"]) == ("2026-11-07T03:00:00+00:00", "2026-11-08T03:00:00+00:00")
-    served = [time.day for _, time, _ in due.attempts(store)]
+    served = [each.day for _, each, _ in due.attempts(store)]
     assert served == [1, 2, 6, 7]  # of the five between only the last
 
     con = queries.connect(str(index))
@@ -387,18 +391,18 @@ def test_an_attempt_that_died_is_taken_up(
 
 def test_who_is_at_it(tmp_path: Path) -> None:
     """Of this machine's processes it is known; of others after a while, by the heartbeat of their scan."""
-    store, time = Store(str(tmp_path)), at("2026-11-02T01:30:00")
+    store, wanted = Store(str(tmp_path)), at("2026-11-02T01:30:00")
     now = datetime.now(UTC)
-    attempt = due.begin(store, "mine", time, 1)
+    attempt = due.begin(store, "mine", wanted, 1)
     assert attempt is not None
-    assert due.begin(store, "mine", time, 1) is None
-    stands = due.standing(store, "mine", time, now)
+    assert due.begin(store, "mine", wanted, 1) is None
+    stands = due.standing(store, "mine", wanted, now)
     assert (stands.state, stands.unsure) == ("running", 0)
 
     def elsewhere(name: str, seconds: float) -> None:
         there = replace(this_process(), boot="another", host="there")
         record = {
-            "due": time.isoformat(),
+            "due": wanted.isoformat(),
             "number": 1,
             "time": now.timestamp() - seconds,
             "by": asdict(there),
@@ -408,42 +412,42 @@ def test_who_is_at_it(tmp_path: Path) -> None:
         )
 
     elsewhere("young", 10)
-    stands = due.standing(store, "young", time, now)
+    stands = due.standing(store, "young", wanted, now)
     assert stands.state == "running"
     assert due.PATIENCE - 20 < stands.unsure < due.PATIENCE
     elsewhere("old", due.PATIENCE + 10)
-    stands = due.standing(store, "old", time, now)
+    stands = due.standing(store, "old", wanted, now)
     assert (stands.state, stands.next_number) == ("due", 2)
     lease = {**asdict(replace(this_process(), boot="another", host="there")), "term": 1, "run": 1}
     beat = {"term": 1, "counter": 1, "time": now.timestamp(), "workers": 1, "ended": False, "units": {}}
     store.write("leases/000001.json", json.dumps(lease).encode())
     store.write("heartbeat.json", json.dumps(beat).encode())
-    stands = due.standing(store, "old", time, now)
+    stands = due.standing(store, "old", wanted, now)
     assert (stands.state, stands.unsure) == ("running", 0)
 
 
 def test_failures_are_tried_again_with_pauses(tmp_path: Path) -> None:
-    store, time = Store(str(tmp_path)), at("2026-11-02T01:30:00")
+    store, wanted = Store(str(tmp_path)), at("2026-11-02T01:30:00")
 
     def fail(number: int, code: int) -> datetime:
-        attempt = due.begin(store, "x", time, number)
+        attempt = due.begin(store, "x", wanted, number)
         assert attempt is not None
         due.end(store, "x", attempt, code, None, None)
         return datetime.now(UTC)
 
     ended = fail(1, 1)
-    assert due.standing(store, "x", time, ended).state == "due"
+    assert due.standing(store, "x", wanted, ended).state == "due"
     ended = fail(2, Interrupted.exit_code)
-    assert due.standing(store, "x", time, ended).state == "due"
+    assert due.standing(store, "x", wanted, ended).state == "due"
     for number, pause in ((3, 300), (4, 600), (5, 1200)):
         ended = fail(number, 2)
-        assert due.standing(store, "x", time, ended + timedelta(seconds=pause - 5)).state == "failed"
-        stands = due.standing(store, "x", time, ended + timedelta(seconds=pause))
+        assert due.standing(store, "x", wanted, ended + timedelta(seconds=pause - 5)).state == "failed"
+        stands = due.standing(store, "x", wanted, ended + timedelta(seconds=pause))
         assert (stands.state, stands.next_number) == ("due", number + 1)
-    later = time + timedelta(days=1)
+    later = wanted + timedelta(days=1)
     stands = due.standing(store, "x", later, ended)
     assert (stands.state, stands.next_number) == ("due", 1)
-    assert due.standing(store, "x", time - timedelta(days=1), ended).state == "waiting"
+    assert due.standing(store, "x", wanted - timedelta(days=1), ended).state == "waiting"
 
 
 def test_one_specs_trouble_is_not_the_others(
@@ -565,7 +569,7 @@ def test_records_are_checked_and_collected(tmp_path: Path, few_index: Path) -> N
     store.write("runs/000001/changes.json", b'{"run": 1}')
     assert not verify(str(tmp_path / "index"), True).faults
     assert gc.collect(store, 0, 0).removed == 6
-    assert min(time for _, time, _ in due.attempts(store)) == at("2026-01-04")
+    assert min(each for _, each, _ in due.attempts(store)) == at("2026-01-04")
     store.write("runs/000001/changes.json", b'{"run": 2}')
     name = store.entries("schedules")[0]
     store.write(f"schedules/{name}", b"[")
@@ -576,6 +580,55 @@ def test_records_are_checked_and_collected(tmp_path: Path, few_index: Path) -> N
     }
     with pytest.raises(DataError, match="damaged, not a JSON object"):
         due.read(store, "nightly", at("2026-01-04"), 1)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Head]:
+    with cluster.head(tmp_path_factory.mktemp("home")) as found:
+        yield found
+
+
+@pytest.mark.cluster
+def test_schedules_of_a_cluster(
+    tmp_path: Path, nightly: Path, tiny_corpus: Path, schedule: Callable[..., Done], head: cluster.Head
+) -> None:
+    """Two that submit in one due minute start one job; the next due time has a job of its own."""
+    options = ("--address", head.address, "--shared", "--workers", "1")
+
+    def submit(now: str) -> subprocess.Popen[str]:
+        line = [
+            sys.executable,
+            "-m",
+            "jobs.cli",
+            "schedule",
+            "run",
+            str(nightly.parent),
+            "--now",
+            now,
+            *options,
+        ]
+        return subprocess.Popen(line, cwd=ROOT, env=head.env, text=True, stdout=subprocess.PIPE)
+
+    def ended(job: str) -> dict[str, bool]:
+        deadline = time.monotonic() + 120
+        while True:
+            found = {each.id: each.over for each in Jobs(head.address).every()}
+            if found[job]:
+                return found
+            assert time.monotonic() < deadline, found
+            time.sleep(0.5)
+
+    for run, day in ((1, "02"), (2, "03")):
+        both = [submit(f"2026-11-{day}T01:30:00Z") for _ in range(2)]
+        out = [process.communicate(timeout=120)[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0]
+        [job] = "".join(out).split()
+        assert job.endswith(f"-a{run}")
+        assert len(ended(job)) == run
+        [row] = listed(schedule, nightly.parent, f"2026-11-{day}T02:00:00Z")
+        assert (row["state"], row["note"]) == ("waiting", f"submitted as {job}")
+        assert set(ids(tmp_path / "index")) == set(range(1, run + 1))
+        shutil.copy2(tiny_corpus / "part_12.jsonl", tmp_path / "corpus")
 
 
 # --- export
