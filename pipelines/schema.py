@@ -8,6 +8,7 @@
     data/<kind>/<unit>.<group>-<attempt>.parquet
     failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
     annotations/<number>.json      which files hold facts of decoders and explanations
+    devices/<number>.json          the models of device that units are scanned on, each once
     schedules/<name>/<due>.<attempt>.began.json    which due times were served; .ended.json how
     runs/<run>/changes.json        features that the run's documents brought, moved and lost
     leases/<term>.json             who may scan; heartbeat.json says that they live
@@ -39,7 +40,7 @@ INDEX = "index.json"
 VOCABULARY = "vocabulary.parquet"
 PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 SNAPSHOTS, MANIFESTS = "snapshots", "manifests"
-ANNOTATIONS = "annotations"
+ANNOTATIONS, DEVICES = "annotations", "devices"
 RUNS = "runs"
 SCHEDULES = "schedules"
 
