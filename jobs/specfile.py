@@ -79,7 +79,8 @@ def load_spec(path: str, index: str | None = None) -> tuple[ScanSpec, str]:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or one_line(error)
-        if mark and re.match(r"\s*(schedule|cron)\s*:\s*\*", text.splitlines()[mark.line]):
+        line = "".join(text.splitlines()[mark.line : mark.line + 1]) if mark else ""
+        if re.match(r"\s*(schedule|cron)\s*:\s*\*", line):
             problem = "a cron line that begins with * must stand in quotes"
         raise InputError(f"{path}{where}: not a spec in YAML: {problem}") from error
     if data is None:
