@@ -21,7 +21,9 @@ import click
 from click.core import ParameterSource
 
 from jobs.annotate import annotate
+from jobs.changes import changes
 from jobs.diff import diff
+from jobs.endings import explain
 from jobs.export import export
 from jobs.jobs import jobs
 from jobs.output import (
@@ -38,8 +40,9 @@ from jobs.output import (
     uris,
 )
 from jobs.recipes import recipe, recipes
+from jobs.schedule import schedule
 from jobs.submit import submit
-from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, exit_code, one_line
+from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
 _TIDY_SECONDS = 10.0
@@ -499,6 +502,8 @@ cli.add_command(recipes)
 cli.add_command(recipe)
 cli.add_command(diff)
 cli.add_command(export)
+cli.add_command(changes)
+cli.add_command(schedule)
 cli.add_command(submit)
 cli.add_command(jobs)
 
@@ -549,23 +554,8 @@ def main() -> None:
     """Entry point of the `corpuscope` command."""
     try:
         code = cli.main(prog_name="corpuscope", standalone_mode=False)
-    except CorpuscopeError as error:
-        message(f"error: {error}")
-        code = exit_code(error)
-    except click.UsageError as error:
-        hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        message(f"error: {error.format_message()}{hint}")
-        code = InputError.exit_code
-    except click.ClickException as error:
-        message(f"error: {error.format_message()}")
-        code = InputError.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        message("stopped; run the same command again to go on")
-        code = exit_code(KeyboardInterrupt())
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        message(f"error: {where}{error.strerror or one_line(error)}")
-        code = exit_code(error)
+    except (CorpuscopeError, click.ClickException, click.Abort, KeyboardInterrupt, OSError) as error:
+        code = explain(error)
     code = code if isinstance(code, int) else 0
     if any(thread.name == _UPKEEP for thread in threading.enumerate()):
         # Compaction of a scan that was stopped goes on until the very end; Python's own end would cut it off

@@ -1,12 +1,13 @@
 """Garbage: what no commit, snapshot or plan names, removed once nobody can come to need it.
 
-Four kinds, each with its own proof that it is dead:
+Five kinds, each with its own proof that it is dead:
 - files of an attempt whose (unit, group) another attempt has committed: at once, as no commit is replaced;
 - files that a snapshot replaced, and those of units that the corpus dropped: READERS seconds after that, so
   that whoever resolved the index before can finish. A dropped unit is first *retired* in the registry
   (put-if-absent beside the plans of scans): until then its file can come back and find its data, afterwards
   it is scanned anew;
 - annotations that others replaced, likewise;
+- records of due times of schedules that are not among the newest ones, which nothing asks for, at once;
 - work that nothing names, and the temporaries of writers that were killed: after UNFINISHED seconds, far
   beyond the age at which an attempt refuses to commit.
 Leases, failures and what is said of runs stay: they are the index's history, a few kB a run.
@@ -24,13 +25,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipelines import annotation_records
+from pipelines import annotation_records, due
 from pipelines.contents import Contents, contents
 from pipelines.faults import crash
 from pipelines.ledger import Ledger
 from pipelines.ordinals import pack, unpack
 from pipelines.registry import Plan, objects
-from pipelines.schema import ANNOTATIONS, DATA, FACTS, MANIFESTS, PLANS, REPLACED, SNAPSHOTS
+from pipelines.schema import ANNOTATIONS, DATA, FACTS, MANIFESTS, PLANS, REPLACED, SCHEDULES, SNAPSHOTS
 from pipelines.snapshots import Node, Run, read_nodes, read_runs, snapshot_name
 from pipelines.storage import Entry, Store
 
@@ -171,6 +172,9 @@ def _garbage(
     for entry in _listed(store, PLANS):
         if entry.name.endswith(".parquet") and entry.name.split(".")[0] not in tables:
             yield entry, now - entry.modified >= unfinished
+    served = {entry.name: entry for entry in _listed(store, SCHEDULES)}
+    for name in due.outdated(list(served)):
+        yield served[name], True
     for entry in store.details("", hidden=True):
         if _TEMPORARY.fullmatch(entry.name):
             yield entry, now - entry.modified >= unfinished

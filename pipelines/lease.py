@@ -142,7 +142,7 @@ class Lease:
         if self._seen is not None and now != self._beat and not _given_back(self._seen, now):
             raise _busy(self._store, newest(self._store) or self._seen)
         term = 1 + (self._seen.term if self._seen else 0)
-        mine = replace(_self(), term=term, run=run)
+        mine = replace(this_process(), term=term, run=run)
         if not self._store.put_if_absent(_name(term), dump(asdict(mine))):
             raise _busy(self._store, newest(self._store) or mine)
         crash("lease-taken")
@@ -259,13 +259,14 @@ def unended(store: Store) -> tuple[Holder, Beat] | None:
 
 def lives_here(holder: Holder) -> bool | None:
     """Whether the process lives, if it is one of this boot and pid namespace; None if it is not."""
-    here = _self()
+    here = this_process()
     if not here.boot or (here.boot, here.namespace) != (holder.boot, holder.namespace):
         return None
     return _born(holder.process) == holder.born
 
 
-def _self() -> Holder:
+def this_process() -> Holder:
+    """This process, of no term and no run."""
     return Holder(
         term=0,
         run=0,

@@ -9,6 +9,8 @@
     failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
     annotations/<number>.json      which files hold facts of decoders and explanations
     devices/<number>.json          the models of device that units are scanned on, each once
+    schedules/<name>/<due>.<attempt>.began.json    which due times were served; .ended.json how
+    runs/<run>/changes.json        features that the run's documents brought, moved and lost
     leases/<term>.json             who may scan; heartbeat.json says that they live
     runs/<run>/summary-<term>.json what an attempt at a run did and cost
 
@@ -39,7 +41,7 @@ INDEX = "index.json"
 VOCABULARY = "vocabulary.parquet"
 PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 SNAPSHOTS, MANIFESTS = "snapshots", "manifests"
-ANNOTATIONS, DEVICES, RUNS = "annotations", "devices", "runs"
+ANNOTATIONS, DEVICES, RUNS, SCHEDULES = "annotations", "devices", "runs", "schedules"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))
 _FEATURE = pa.field("feature", pa.int32())
