@@ -46,6 +46,15 @@ _TIDY_SECONDS = 10.0
 _UPKEEP = "upkeep"  # the thread of pipelines/upkeep.py, which is slow to import
 
 
+def _workers(_: click.Context, __: click.Parameter, value: str) -> int | None:
+    """None for `auto`."""
+    if value == "auto":
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"{value} is not a number of 1 or more, nor auto")
+    return int(value)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="corpuscope")
 def cli() -> None:
@@ -65,9 +74,12 @@ def cli() -> None:
 @click.option("--address", metavar="ADDR", help="A running Ray cluster; without it a local one is started.")
 @click.option(
     "--workers",
-    metavar="N",
-    type=click.IntRange(min=1),
-    help="Actors; default one per GPU, or as many as the cores have room for `threads`.",
+    metavar="N|auto",
+    default="auto",
+    show_default=True,
+    callback=_workers,
+    help="Actors at most. auto: one per GPU, or as many as the cores have room for `threads`; on a cluster "
+    "they come and go with its machines.",
 )
 @click.option("--allow-removal", is_flag=True, help="Go on when more than a tenth of the documents are gone.")
 @click.option(

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipelines.account import Account
+from pipelines.admission import Admission, check_here
 from pipelines.contents import Contents, Registered, resolve
 from pipelines.estimate import check_size, estimate
 from pipelines.executors.base import Attempted, Committed, Event, Executor, Failed
@@ -60,7 +61,7 @@ class ScanOptions:
 
     executor: str = "ray"  # or "inline"
     address: str | None = None
-    workers: int | None = None
+    workers: int | None = None  # at most; None: as the cluster, or this machine, has room for
     allow_removal: bool = False
     price: float | None = None  # of a worker that is held for an hour, for the run's summary
 
@@ -73,7 +74,8 @@ class Started:
     documents: int
     bytes: int
     items_done: int
-    workers: int
+    workers: int  # that there is room for now
+    elastic: bool  # whether more may come
     run: int
 
 
@@ -133,15 +135,24 @@ def run_scan(
                 return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
             constants = None if have is None else measured(store, planned.plans)
             check_size(prepared, planned, estimate(prepared, planned, groups, constants), spec.index)
+            if todo.items and options.address is None:
+                check_here(store, session.device, spec.model.mixed_devices)
             if todo.items:
                 session.connect()
             crash("before-lease")
             lease.take(planned.plan.run)
             _register(store, ledger, want, planned, prepared)
-            code = code_version()
-            with Account(
-                store, planned.plan, lease.term, code, options.executor, session.device, options.price, notice
-            ) as account:
+            account = Account(
+                store,
+                planned.plan.run,
+                lease.term,
+                code_version(),
+                options.executor,
+                session.device,
+                options.price,
+                notice,
+            )
+            with account:
                 _name_changes(planned, notice)
                 if not todo.items:
                     return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
@@ -209,7 +220,8 @@ class _Session:
             templates=prepared.templates,
         )
         run_of = _runs(planned)
-        executor = self._executor(setup, todo.items)
+        admission = Admission(ledger.store, planned.plan.run, prepared.spec.model.mixed_devices, notice)
+        executor = self._executor(setup, todo.items, admission, notice)
 
         def items() -> Iterator[Work]:
             for group, unit in todo:
@@ -226,13 +238,14 @@ class _Session:
                 documents=round(documents),
                 bytes=round(size),
                 items_done=len(planned.units) * len(groups) - todo.items,
-                workers=executor.workers,
+                workers=executor.planned,
+                elastic=executor.elastic,
                 run=planned.plan.run,
             )
         )
         began = time.monotonic()
         account.begin(todo.items, round(size))
-        account.hold(executor.held)
+        account.hold(executor.workers)
         meter = self._meter(ledger.store.uri, planned.plan.run)
         failed: list[Failed] = []
         failures = Failures(ledger.store)
@@ -252,7 +265,7 @@ class _Session:
             nonlocal causes
             lease.check()
             work = event.work
-            account.take(event, executor.held)
+            account.take(event, executor.workers)
             note()
             meter(event, account)
             if isinstance(event, Committed) and event.own:
@@ -289,7 +302,7 @@ class _Session:
                 close_accounts()
             raise
         finally:
-            account.hold(executor.held)
+            account.hold(executor.workers)
             account.merged_bytes = upkeep.bytes
             note(last=True)
             executor.close()
@@ -336,13 +349,15 @@ class _Session:
 
         return driver_meter(index, run)
 
-    def _executor(self, setup: Setup, items: int) -> Executor:
+    def _executor(self, setup: Setup, items: int, admission: Admission, notice: Notice) -> Executor:
         if self.options.executor == "inline":
-            return InlineExecutor(setup)
+            return InlineExecutor(setup, admission)
         from pipelines.executors.ray import RayExecutor, default_workers
 
-        workers = self.options.workers or default_workers(setup.device, setup.spec.model.threads)
-        return RayExecutor(setup, min(workers, max(1, items)), self.options.address is None)
+        local, workers = self.options.address is None, self.options.workers
+        if local and workers is None:
+            workers = default_workers(setup.device, setup.spec.model.threads)
+        return RayExecutor(setup, admission, notice, items, workers, local)
 
 
 class _Todo:

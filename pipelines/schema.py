@@ -8,6 +8,7 @@
     data/<kind>/<unit>.<group>-<attempt>.parquet
     failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
     annotations/<number>.json      which files hold facts of decoders and explanations
+    devices/<number>.json          the models of device that units are scanned on, each once
     leases/<term>.json             who may scan; heartbeat.json says that they live
     runs/<run>/summary-<term>.json what an attempt at a run did and cost
 
@@ -38,7 +39,7 @@ INDEX = "index.json"
 VOCABULARY = "vocabulary.parquet"
 PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 SNAPSHOTS, MANIFESTS = "snapshots", "manifests"
-ANNOTATIONS = "annotations"
+ANNOTATIONS, DEVICES = "annotations", "devices"
 RUNS = "runs"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))

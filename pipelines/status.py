@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from pipelines import summary
 from pipelines.contents import contents
+from pipelines.devices import recorded
 from pipelines.failures import Failures
 from pipelines.lease import EVERY, STALE, Beat, Done, Holder, running, unended
 from pipelines.names import reading
@@ -62,6 +63,7 @@ class Status:
     last_commit: float | None  # seconds ago
     failures: dict[str, int]  # attempts at units that failed, by kind: of that scan, else of the newest run
     error: str | None  # the newest of those
+    devices: tuple[str, ...]  # models that units were scanned on, the first one first
     errors: tuple[str, ...]  # of the failed units, newest first
     last_run: dict[str, Any] | None  # what the newest run with a summary did and cost (pipelines/summary.py)
     next: str  # what to do, one line
@@ -123,6 +125,7 @@ def _status(uri: str) -> Status:
         last_commit=None if last is None else time.time() - last,
         failures=_failures(done, before),
         error=(done.error if done else before.error if before else "") or None,
+        devices=recorded(store),
         errors=tuple(dict.fromkeys(errors[unit] for unit in errors if unit in failed)),
         last_run=before.facts if before else None,
         next=_next(state, silent, total["quarantined"], before),
