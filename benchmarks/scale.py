@@ -86,8 +86,7 @@ class Cluster:
         from pipelines.ledger import Ledger
         from pipelines.storage import Store
 
-        self.workers = self.held = workers
-        self.poison = poison
+        self.workers, self.poison = workers, poison
         self.ledger = Ledger(Store(index))
         self.now = 0.0
         self.work = 0.0  # seconds of the attempts that committed first, stragglers as if they were none
@@ -303,7 +302,7 @@ class _Counted:
 class Stopping:
     """An executor that is stopped when it takes its first item."""
 
-    workers = held = 1
+    workers = 1
 
     def __init__(self) -> None:
         self.began = 0.0

@@ -34,7 +34,8 @@ def status_facts(found: Status) -> Iterator[tuple[str, str]]:
     yield "documents", f"{found.documents:,} indexed, {found.quarantined:,} quarantined"
     yield "tokens", f"{found.tokens:,} counted"
     yield "size", human(found.bytes)
-    yield "devices" if len(found.devices) > 1 else "device", ", ".join(found.devices) or "none on record"
+    if found.devices:
+        yield "devices" if len(found.devices) > 1 else "device", ", ".join(found.devices)
     yield "last commit", "none yet" if found.last_commit is None else f"{ago(found.last_commit)} ago"
     if found.last_run is not None:
         yield f"run {found.last_run['run']}", _run(found.last_run)

@@ -18,7 +18,6 @@ from pipelines.counts import Counts
 from pipelines.executors.base import Attempted, Committed, Event, Failed
 from pipelines.faults import crash
 from pipelines.lease import Done
-from pipelines.registry import Plan
 from pipelines.storage import Store
 from pipelines.summary import RunSummary
 from pipelines.words import placed
@@ -33,7 +32,7 @@ class Account:
     def __init__(
         self,
         store: Store,
-        plan: Plan,
+        run: int,
         term: int,
         code: str,
         executor: str,
@@ -42,7 +41,7 @@ class Account:
         notice: Callable[[str], None],
     ) -> None:
         """`price` is of a worker that is held for an hour. `device` is its kind, `cpu` or `cuda`."""
-        self._store, self._run, self._term, self._notice = store, plan.run, term, notice
+        self._store, self._run, self._term, self._notice = store, run, term, notice
         self._code, self._executor, self._device, self._price = code, executor, device, price
         self._started, self._began = time.time(), time.monotonic()
         self._counts = Counts(0, 0)

@@ -142,10 +142,17 @@ def run_scan(
             crash("before-lease")
             lease.take(planned.plan.run)
             _register(store, ledger, want, planned, prepared)
-            code = code_version()
-            with Account(
-                store, planned.plan, lease.term, code, options.executor, session.device, options.price, notice
-            ) as account:
+            account = Account(
+                store,
+                planned.plan.run,
+                lease.term,
+                code_version(),
+                options.executor,
+                session.device,
+                options.price,
+                notice,
+            )
+            with account:
                 _name_changes(planned, notice)
                 if not todo.items:
                     return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)

@@ -61,9 +61,9 @@ class Status:
     quarantined: int  # documents
     bytes: int  # of the data files that are read
     last_commit: float | None  # seconds ago
-    devices: tuple[str, ...]  # models that units were scanned on, the first one first
     failures: dict[str, int]  # attempts at units that failed, by kind: of that scan, else of the newest run
     error: str | None  # the newest of those
+    devices: tuple[str, ...]  # models that units were scanned on, the first one first
     errors: tuple[str, ...]  # of the failed units, newest first
     last_run: dict[str, Any] | None  # what the newest run with a summary did and cost (pipelines/summary.py)
     next: str  # what to do, one line
@@ -123,9 +123,9 @@ def _status(uri: str) -> Status:
         quarantined=total["quarantined"],
         bytes=sum({file.path: file.bytes for kind in KINDS for file in held.files(kind)}.values()),
         last_commit=None if last is None else time.time() - last,
-        devices=recorded(store),
         failures=_failures(done, before),
         error=(done.error if done else before.error if before else "") or None,
+        devices=recorded(store),
         errors=tuple(dict.fromkeys(errors[unit] for unit in errors if unit in failed)),
         last_run=before.facts if before else None,
         next=_next(state, silent, total["quarantined"], before),
