@@ -1,12 +1,14 @@
 """Garbage: what no commit, snapshot or plan names, removed once nobody can come to need it.
 
-Four kinds, each with its own proof that it is dead:
+Five kinds, each with its own proof that it is dead:
 - files of an attempt whose (unit, group) another attempt has committed: at once, as no commit is replaced;
 - files that a snapshot replaced, and those of units that the corpus dropped: READERS seconds after that, so
   that whoever resolved the index before can finish. A dropped unit is first *retired* in the registry
   (put-if-absent beside the plans of scans): until then its file can come back and find its data, afterwards
   it is scanned anew;
 - annotations that others replaced, likewise;
+- what was staged for workers, UNFINISHED seconds after it was put there, while no scan runs: one that begins
+  at that moment has its weights from the hub;
 - work that nothing names, and the temporaries of writers that were killed: after UNFINISHED seconds, far
   beyond the age at which an attempt refuses to commit.
 Ages are told by the store's own clock, for both ends. Invariant: killed at any point it leaves an index that
@@ -23,20 +25,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipelines import annotation_records
+from pipelines import annotation_records, lease, staged
 from pipelines.contents import Contents, contents
 from pipelines.faults import crash
 from pipelines.ledger import Ledger
 from pipelines.ordinals import pack, unpack
 from pipelines.registry import Plan, objects
-from pipelines.schema import ANNOTATIONS, DATA, FACTS, MANIFESTS, PLANS, REPLACED, SNAPSHOTS
+from pipelines.schema import ANNOTATIONS, DATA, FACTS, MANIFESTS, PLANS, REPLACED, SNAPSHOTS, STAGED
 from pipelines.snapshots import Node, Run, read_nodes, read_runs, snapshot_name
 from pipelines.storage import Entry, Store
 
 READERS = 600.0
 UNFINISHED = 86400.0
 _OWN = re.compile(r"(?P<kind>\w+)/(?P<unit>[0-9a-f]+)\.(?P<group>\d+)-(?P<attempt>[0-9a-f]+)\.parquet")
-_TURNS = (DATA, MANIFESTS, SNAPSHOTS, ANNOTATIONS, PLANS)
+_TURNS = (DATA, MANIFESTS, SNAPSHOTS, ANNOTATIONS, PLANS, STAGED)
 _TEMPORARY = re.compile(r"(.*/)?\.(clock-)?[0-9a-f]{32}")  # as the storage door names them
 _ANNOTATED = re.compile(rf"(?:{'|'.join(FACTS)})/annotation-[0-9a-f]+\.parquet")
 _MERGED = re.compile(r"\w+/(?P<stem>(?:run|node)-\d+-\d+-[0-9a-f]+)(?:-\d+)*\.parquet")
@@ -169,6 +171,11 @@ def _garbage(
     tables = {f"{PLANS}/{plan.run - 1:06d}-{plan.attempt}" for plan in found.plans}
     for entry in _listed(store, PLANS):
         if entry.name.endswith(".parquet") and entry.name.split(".")[0] not in tables:
+            yield entry, now - entry.modified >= unfinished
+    objects_named = {file.name for file in staged.recorded(store).values()}
+    idle = lease.running(store) is None
+    for entry in _listed(store, STAGED):
+        if idle or not (entry.name.endswith(".json") or entry.name in objects_named):
             yield entry, now - entry.modified >= unfinished
     for entry in store.details("", hidden=True):
         if _TEMPORARY.fullmatch(entry.name):

@@ -39,13 +39,15 @@ from pipelines.planning import (
     prepare,
 )
 from pipelines.quarantine import Tally
-from pipelines.registry import Unit, in_corpus_order
+from pipelines.registry import Unit, in_corpus_order, last_scan
 from pipelines.schema import VOCABULARY
 from pipelines.selfcheck import MIN_TOKENS, complaints
 from pipelines.spec import ScanSpec
+from pipelines.staging import stage
 from pipelines.storage import Store
 from pipelines.unit import Setup, Work
 from pipelines.upkeep import Upkeep
+from pipelines.version import code_version
 from pipelines.vocabulary import vocabulary
 from sae_runtime.errors import CorpuscopeError, InputError, Interrupted
 from sae_runtime.model import load_tokenizer
@@ -177,6 +179,8 @@ class _Session:
         """Run what is to be done."""
         groups: list[list[str]] = registered.identity["groups"]
         by_id = {sae.id: sae for sae in prepared.saes}
+        # Elsewhere machines start empty; on a shared disk they share HF_HOME instead.
+        away = self.options.executor == "ray" and self.options.address is not None and not ledger.store.local
         setup = Setup(
             spec=prepared.spec,
             source=prepared.source,
@@ -185,6 +189,7 @@ class _Session:
             metadata=metadata,
             index=prepared.spec.index,
             templates=prepared.templates,
+            staged=stage(ledger.store, prepared.source, prepared.saes, notice) if away else None,
         )
         run_of = _runs(planned)
         executor = self._executor(setup, todo.items)
@@ -375,7 +380,7 @@ def _name_limits(planned: Planned, spec: ScanSpec, notice: Notice) -> None:
 
 
 def _name_changes(planned: Planned, notice: Notice) -> None:
-    """Say what leaves the index, and which versions differ from the run that is resumed.
+    """Say what leaves the index, and which versions differ from the run that is resumed, or came before.
 
     With other versions values may differ in their last bits.
     """
@@ -385,12 +390,11 @@ def _name_changes(planned: Planned, notice: Notice) -> None:
         if planned.plan.dropped:
             left = len(unpack(planned.plan.dropped))
             notice(f"note: {left:,} units of changed or removed files leave the index")
+    last = last_scan(planned.plans) if planned.is_new else planned.plan
+    if last is None:
         return
-    now = environment()
-    changes = [
-        f"{name} {old} -> {now.get(name)}"
-        for name, old in planned.plan.environment.items()
-        if now.get(name) != old
-    ]
+    before = {"corpuscope": last.code, **last.environment}
+    now = {"corpuscope": code_version(), **environment()}
+    changes = [f"{name} {old} -> {now.get(name)}" for name, old in before.items() if now.get(name) != old]
     if changes:
-        notice(f"note: run {planned.plan.run} began with other versions: {', '.join(changes)}")
+        notice(f"note: run {last.run} began with other versions: {', '.join(changes)}")
