@@ -220,8 +220,8 @@ def _where(kwargs: dict[str, Any]) -> str:
 
 
 def _part(kwargs: dict[str, Any]) -> str:
-    """Bucket and first folder of what a request is about: S3 throttles by prefixes that it chooses itself, and
-    what lies in different top folders is seldom under the same one."""
+    """Bucket and first folder of what a request is about: S3 chooses by itself which prefixes it throttles,
+    and what lies in two top folders is seldom under one of them."""
     several = kwargs.get("Delete", {}).get("Objects") or [{}]
     key = str(kwargs.get("Key") or kwargs.get("Prefix") or several[0].get("Key") or "")
     return f"{kwargs.get('Bucket', '')}/{key.split('/')[0]}"

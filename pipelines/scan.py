@@ -386,10 +386,9 @@ def _name_changes(planned: Planned, notice: Notice) -> None:
     """
     if not planned.units:
         notice("note: the corpus has no documents")
-    if planned.is_new:
-        if planned.plan.dropped:
-            left = len(unpack(planned.plan.dropped))
-            notice(f"note: {left:,} units of changed or removed files leave the index")
+    if planned.is_new and planned.plan.dropped:
+        left = len(unpack(planned.plan.dropped))
+        notice(f"note: {left:,} units of changed or removed files leave the index")
     last = last_scan(planned.plans) if planned.is_new else planned.plan
     if last is None:
         return

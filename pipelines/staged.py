@@ -1,4 +1,4 @@
-"""What is in `staged/` of an index: files of the hub for the machines of a cluster (`staging.py` puts them there).
+"""What is in `staged/` of an index: files of the hub, which `staging.py` puts there for a cluster's machines.
 
 Invariant: a record `staged/<key>.json` is written after the object that it names, and is the only way to
 it. No data of the index depends on either: what is missing comes from the hub again.

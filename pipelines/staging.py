@@ -121,8 +121,8 @@ def _get(store: Store, file: StagedFile, path: Path) -> None:
         if _copied(store, file, path) == file.digest:
             return
     raise InputError(
-        f"{store.uri}/{file.name}: damaged, not the {file.uri} that was put there; remove {STAGED}/ of the index "
-        "and run again"
+        f"{store.uri}/{file.name}: damaged, not the {file.uri} that was put there; remove {STAGED}/ of the "
+        "index and run again"
     )
 
 

@@ -458,6 +458,8 @@ def _refused(error: Exception) -> bool:
     """Whether an error of those libraries is of credentials: by its class, or the status of the answer."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     status = getattr(error, "status_code", None) or getattr(error, "code", None)  # azure-core's, gcsfs's
+    if "TransportError" in kinds:  # google-auth's own way of saying that there is no network
+        return False
     named = kinds & {"ClientAuthenticationError", "GoogleAuthError"} or "Credential" in type(error).__name__
     return bool(named) or str(status) in ("401", "403")
 

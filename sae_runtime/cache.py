@@ -121,13 +121,13 @@ def _reserved(part: Path, size: int, what: str, last: bool) -> bool:
             (part / _SIZE).write_text(str(size))
             return True
     if size > limit or last:
-        raise InputError(_no_room(place, size, used, allowed, what))
+        raise InputError(_no_room(place, size, 0 if size > limit else used, allowed, what))
     return False
 
 
-def _no_room(place: Path, size: int, used: int, allowed: int | None, what: str) -> str:
+def _no_room(place: Path, size: int, busy: int, allowed: int | None, what: str) -> str:
     host = socket.gethostname()
-    inside = f", of which live processes use {used / 1e9:.3g} GB" if used else ""
+    inside = f", of which live processes use {busy / 1e9:.3g} GB" if busy else ""
     if allowed is None:
         return (
             f"{host}: no room for {what} ({size / 1e9:.3g} GB) on the disk of {place}; free some, or set "

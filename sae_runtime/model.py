@@ -69,10 +69,17 @@ def locate(uri: str, revision: str | None = None) -> ModelSource:
         raise InputError(f"model.uri: {uri} is neither a model's directory nor a .gguf file")
     if uri.startswith(("/", ".", "~")) or uri.count("/") > 1:
         raise InputError(f"model.uri: no such directory: {uri}")
-    config = load_config(ModelSource(uri, uri, revision, ""))
-    commit = getattr(config, "_commit_hash", None)
+    load_config(ModelSource(uri, uri, revision, ""))
+    place = hub.Place(uri, revision, "")
+    try:
+        place = hub.commit(place)
+    except hub.HubError as error:
+        found = hub.cached_commit(place)  # which is what transformers has just read
+        if found is None:
+            raise InputError(_of_model(error)) from error
+        place = found
     # Whoever loads it later, and wherever, is to load this commit, whatever has been pushed by then.
-    return ModelSource(uri, uri, commit or revision, str(commit or revision or "unknown"))
+    return ModelSource(uri, place.repo, place.revision, str(place.revision))
 
 
 def hub_files(source: ModelSource) -> list[hub.Place]:
@@ -87,9 +94,13 @@ def hub_files(source: ModelSource) -> list[hub.Place]:
         names = [name for name in hub.files(root) if "/" not in name]
         weights = _weights(root, names)
     except InputError as error:
-        raise InputError(str(error).replace("saes.uri: ", "model.uri: ", 1)) from error
+        raise InputError(_of_model(error)) from error
     small = [n for n in names if n.endswith((".json", ".model", ".txt", ".jinja")) and n not in weights]
     return [replace(root, path=name) for name in sorted({*small, *weights})]
+
+
+def _of_model(error: InputError) -> str:
+    return str(error).replace("saes.uri: ", "model.uri: ", 1)
 
 
 def _weights(root: hub.Place, names: Sequence[str]) -> list[str]:
