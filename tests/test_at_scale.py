@@ -1,17 +1,13 @@
-"""Days on many machines: weights that travel once, a disk that does not overflow, brakes, code that changed."""
+"""Days on many machines: weights that travel once, a disk that does not overflow, brakes, other code."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 import uuid
@@ -19,13 +15,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import hub as server
 import pytest
 import torch
-import yaml
 from huggingface_hub import constants
 
 from pipelines import gc, staging
@@ -211,7 +205,7 @@ def test_a_copy_larger_than_the_budget_is_one_line_at_once(
 ) -> None:
     monkeypatch.setenv("CORPUSCOPE_CACHE_BYTES", "1GB")
     use("small", 10)
-    with pytest.raises(InputError, match="suite/params.npz") as failed:
+    with pytest.raises(InputError, match=r"suite/params\.npz") as failed:
         with cache.held("large", 2_000_000_000, filled(1), "hf://org/suite/params.npz"):
             pass
     assert str(failed.value).endswith(
@@ -220,7 +214,7 @@ def test_a_copy_larger_than_the_budget_is_one_line_at_once(
     )
     assert copies(node) == {"small"}  # nothing went in vain
     monkeypatch.delenv("CORPUSCOPE_CACHE_BYTES")
-    with pytest.raises(InputError, match="on the disk of .*CORPUSCOPE_CACHE to a folder"):
+    with pytest.raises(InputError, match=r"on the disk of .*CORPUSCOPE_CACHE to a folder"):
         with cache.held("large", 1 << 60, filled(1), "all"):
             pass
     monkeypatch.setenv("CORPUSCOPE_CACHE_BYTES", "many")
@@ -236,6 +230,7 @@ class Net:
 
     def __init__(self, running: server.Hub, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.hub, self._folder, self._patch = running, folder, patch
+        self.org = f"org-{uuid.uuid4().hex[:8]}"  # transformers remembers which commit a branch was
         old = constants.ENDPOINT
         patch.setattr(constants, "ENDPOINT", running.endpoint)
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(old, running.endpoint)
@@ -264,35 +259,36 @@ def net(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tiny_suites: Path
 ) -> Iterator[Net]:
     with server.running() as running:
-        running.push("org/tiny", tiny_model)
-        running.push("org/tiny-att", tiny_suites / "tiny-att")
-        yield Net(running, tmp_path, monkeypatch)
+        found = Net(running, tmp_path, monkeypatch)
+        running.push(f"{found.org}/tiny", tiny_model)
+        running.push(f"{found.org}/tiny-att", tiny_suites / "tiny-att")
+        yield found
     remote._elsewhere.clear()
 
 
-def prepared() -> tuple[model.ModelSource, list[Any]]:
-    return model.locate("org/tiny"), suites.find("hf://org/tiny-att")
+def prepared(net: Net) -> tuple[model.ModelSource, list[Any]]:
+    return model.locate(f"{net.org}/tiny"), suites.find(f"hf://{net.org}/tiny-att")
 
 
 def test_a_model_of_the_hub_is_of_the_commit_that_was_resolved(
     net: Net, tiny_model: Path, tmp_path: Path
 ) -> None:
     """A push in the middle of a scan reaches no worker."""
-    source = model.locate("org/tiny")
-    assert source.revision == source.fingerprint == net.hub.repos["org/tiny"].refs["main"]
+    source = model.locate(f"{net.org}/tiny")
+    assert source.revision == source.fingerprint == net.hub.repos[f"{net.org}/tiny"].refs["main"]
     changed = shutil.copytree(tiny_model, tmp_path / "changed")
     config = json.loads((changed / "config.json").read_text())
     (changed / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 7}))
-    net.hub.push("org/tiny", changed)
+    net.hub.push(f"{net.org}/tiny", changed)
     assert model.load_config(source).max_position_embeddings == 512
-    assert model.locate("org/tiny").fingerprint != source.fingerprint
+    assert model.locate(f"{net.org}/tiny").fingerprint != source.fingerprint
 
 
 def test_machines_have_from_the_store_what_the_driver_had_from_the_hub(
     net: Net, tmp_path: Path, tiny_model: Path
 ) -> None:
     store, told = Store(str(tmp_path / "index")), list[str]()
-    source, saes = prepared()
+    source, saes = prepared(net)
     wanted = [suites.load(sae).fingerprint() for sae in saes]
     staged = staging.stage(store, source, saes, told.append)
     assert len(told) == 1
@@ -320,7 +316,7 @@ def test_workers_of_a_machine_fetch_each_file_once(
     net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(str(tmp_path / "index"))
-    source, saes = prepared()
+    source, saes = prepared(net)
     staged = staging.stage(store, source, saes, lambda line: None)
     net.worker("node")
     fetched: list[str] = []
@@ -345,7 +341,7 @@ def test_a_damaged_object_stops_the_scan_and_a_missing_one_comes_from_the_hub(
     net: Net, tmp_path: Path
 ) -> None:
     store = Store(str(tmp_path / "index"))
-    source, saes = prepared()
+    source, saes = prepared(net)
     wanted = suites.load(saes[0]).fingerprint()
     staged = staging.stage(store, source, saes, lambda line: None)
     file = next(file for file in staged.saes if file.uri == saes[0].uri)
@@ -367,7 +363,7 @@ def test_a_damaged_object_stops_the_scan_and_a_missing_one_comes_from_the_hub(
 
 
 def test_the_driver_does_not_spread_a_damaged_file(net: Net, tmp_path: Path) -> None:
-    source, saes = prepared()
+    source, saes = prepared(net)
     path = Path(hub.download(hub.parse(saes[0].uri))).resolve()
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -381,7 +377,7 @@ def test_the_driver_does_not_spread_a_damaged_file(net: Net, tmp_path: Path) -> 
 def test_gc_and_verify_know_what_is_staged(net: Net, tmp_path: Path, few_index: Path) -> None:
     shutil.copytree(few_index, tmp_path / "index")
     store = Store(str(tmp_path / "index"))
-    source, saes = prepared()
+    source, saes = prepared(net)
     staged = staging.stage(store, source, saes, lambda line: None)
     store.write(f"{STAGED}/{'0' * 32}-00000000", b"of a driver that was killed")
     assert audit(store, quick=True).faults == []
@@ -422,15 +418,15 @@ def test_weights_are_those_that_transformers_would_choose(net: Net, tmp_path: Pa
     for name in ("pytorch_model.bin", "consolidated.safetensors", "original/params.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x" * 5000)
-    net.hub.push("org/many", folder)
-    names = {place.path for place in model.hub_files(model.locate("org/many"))}
+    net.hub.push(f"{net.org}/many", folder)
+    names = {place.path for place in model.hub_files(model.locate(f"{net.org}/many"))}
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= names
     assert not names & {"pytorch_model.bin", "consolidated.safetensors", "original/params.json"}
     (folder / "model.safetensors").rename(folder / "model-1-of-1.safetensors")
     index = {"weight_map": {"embed": "model-1-of-1.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    net.hub.push("org/many", folder)
-    names = {place.path for place in model.hub_files(model.locate("org/many"))}
+    net.hub.push(f"{net.org}/many", folder)
+    names = {place.path for place in model.hub_files(model.locate(f"{net.org}/many"))}
     assert {"model.safetensors.index.json", "model-1-of-1.safetensors"} <= names
     assert model.hub_files(model.locate(str(tiny_model))) == []
 
@@ -520,20 +516,24 @@ def named(module: str, name: str, *bases: type, **fields: Any) -> Exception:
     return error
 
 
+GOOGLE, AZURE = "google.auth.exceptions", "azure.core.exceptions"
+AUTH = type("GoogleAuthError", (Exception,), {"__module__": GOOGLE})
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
         (named("gcsfs.retry", "HttpError", code=429), ConnectionError),
         (named("gcsfs.retry", "HttpError", code="503"), ConnectionError),
         (named("gcsfs.retry", "HttpError", code=401), PermissionError),
-        (named("google.auth.exceptions", "RefreshError", type("GoogleAuthError", (Exception,), {})), PermissionError),
-        (named("google.auth.exceptions", "TransportError", type("GoogleAuthError", (Exception,), {})), ConnectionError),
-        (named("azure.core.exceptions", "HttpResponseError", status_code=503), ConnectionError),
-        (named("azure.core.exceptions", "ServiceRequestError"), ConnectionError),
-        (named("azure.core.exceptions", "ClientAuthenticationError", status_code=401), PermissionError),
+        (named(GOOGLE, "RefreshError", AUTH), PermissionError),
+        (named(GOOGLE, "TransportError", AUTH), ConnectionError),
+        (named(AZURE, "HttpResponseError", status_code=503), ConnectionError),
+        (named(AZURE, "ServiceRequestError"), ConnectionError),
+        (named(AZURE, "ClientAuthenticationError", status_code=401), PermissionError),
         (named("aiohttp.client_exceptions", "ClientPayloadError"), ConnectionError),
     ],
-)  # fmt: skip
+)
 def test_what_gcsfs_and_adlfs_give_up_with_is_one_line_of_the_store(
     error: Exception, kind: type[OSError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
