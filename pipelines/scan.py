@@ -114,11 +114,14 @@ def run_scan(
             want = identity(prepared, metadata, groups)
             if have is not None:
                 check_identity(spec.index, have, want)
-            held = None if have is None else resolve(store, Registered(have, planned.plans, planned.units))
+            held = None
+            if have is not None:
+                known = Registered(have, planned.plans, planned.units)
+                held = resolve(store, known, files=False)
             tally = _tally(spec.index, len(groups), held)
             tally.check()
             todo = _Todo(planned, held, len(groups))
-            del held  # a million commits, where nothing is compacted
+            held = None  # a million commits, where nothing is compacted
             if options.address is not None and spec.model.device == "auto" and session.device == "cpu":
                 notice(
                     "note: the cluster has no GPU now, so this scans on CPUs; `model.device: cuda` waits for "
