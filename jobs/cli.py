@@ -22,6 +22,7 @@ from click.core import ParameterSource
 from jobs.annotate import annotate
 from jobs.diff import diff
 from jobs.export import export
+from jobs.jobs import jobs
 from jobs.output import (
     ago,
     console,
@@ -37,6 +38,7 @@ from jobs.output import (
     uris,
 )
 from jobs.recipes import recipe, recipes
+from jobs.submit import submit
 from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interrupted, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
@@ -44,6 +46,15 @@ _TIDY_SECONDS = 10.0
 _UPKEEP = "upkeep"  # the thread of pipelines/upkeep.py, which is slow to import
 # Errors of a disk or a filesystem that mean a wrong path, not a failure.
 _WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def _workers(_: click.Context, __: click.Parameter, value: str) -> int | None:
+    """None for `auto`."""
+    if value == "auto":
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"{value} is not a number of 1 or more, nor auto")
+    return int(value)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -65,9 +76,12 @@ def cli() -> None:
 @click.option("--address", metavar="ADDR", help="A running Ray cluster; without it a local one is started.")
 @click.option(
     "--workers",
-    metavar="N",
-    type=click.IntRange(min=1),
-    help="Actors; default one per GPU, or as many as the cores have room for `threads`.",
+    metavar="N|auto",
+    default="auto",
+    show_default=True,
+    callback=_workers,
+    help="Actors at most. auto: one per GPU, or as many as the cores have room for `threads`; on a cluster "
+    "they come and go with its machines.",
 )
 @click.option("--allow-removal", is_flag=True, help="Go on when more than a tenth of the documents are gone.")
 def scan(
@@ -125,13 +139,64 @@ def _end(quarantined: int, index: str) -> None:
 @cli.command()
 @click.argument("spec")
 @click.option("--index", metavar="URI", help="Plan for this index instead of the spec's.")
+@click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Plan for so many workers; default as many as `scan` starts here.",
+)
+@click.option(
+    "--device",
+    metavar="NAME",
+    help="What a worker has: cpu, B200, H200, H100, A100, L40S or L4; default by the spec and this machine.",
+)
+@click.option(
+    "--from",
+    "source",
+    metavar="INDEX",
+    help="Take constants from the last run of this index instead of the spec's.",
+)
+@click.option(
+    "--tokens-per-second",
+    "rate",
+    metavar="R",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Counted tokens that one worker does in a second, with all SAEs, instead of a measured speed.",
+)
+@click.option(
+    "--l0",
+    metavar="L",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Active features a token of every SAE, instead of measured or published ones.",
+)
+@click.option(
+    "--price-per-hour",
+    "price",
+    metavar="P",
+    type=click.FloatRange(min=0),
+    help="Of one worker, for the cost.",
+)
 @format_option
-def plan(spec: str, index: str | None, format_: str) -> None:
-    """What a scan of SPEC would do and cost, without running the model."""
-    from jobs.planview import facts, look, record
+def plan(
+    spec: str,
+    index: str | None,
+    workers: int | None,
+    device: str | None,
+    source: str | None,
+    rate: float | None,
+    l0: float | None,
+    price: float | None,
+    format_: str,
+) -> None:
+    """What a scan of SPEC would do and cost, without running the model.
+
+    Rows, bytes and time follow from a stated model whose constants are those of the last measured run of the
+    index (or of --from); what is assumed instead is said.
+    """
+    from jobs.planview import Asked, facts, look, record
     from jobs.specfile import load_spec
 
-    view = look(*load_spec(spec, index))
+    view = look(*load_spec(spec, index), Asked(workers, device, source, rate, l0, price))
     for line in view.prepared.warnings:
         message(line)
     if format_ == "table":
@@ -164,6 +229,7 @@ def status(index: str, format_: str) -> None:
             "documents": f"{found.documents:,} indexed, {found.quarantined:,} quarantined",
             "tokens": f"{found.tokens:,} counted",
             "size": human(found.bytes),
+            "devices" if len(found.devices) > 1 else "device": ", ".join(found.devices) or "none on record",
             "last commit": "none yet" if found.last_commit is None else f"{ago(found.last_commit)} ago",
         }
         print_facts([*facts.items(), *(("failed", error) for error in found.errors)])
@@ -418,6 +484,8 @@ cli.add_command(recipes)
 cli.add_command(recipe)
 cli.add_command(diff)
 cli.add_command(export)
+cli.add_command(submit)
+cli.add_command(jobs)
 
 
 def _write_parquet(result: Any, output: str) -> None:

@@ -78,9 +78,10 @@ class ScanProgress:
         self.started = event
         self.began = time.monotonic()
         done = f", {event.items_done:,} already committed" if event.items_done else ""
+        more = " now, as many as the cluster gets" if event.elastic else ""
         self._say(
             f"run {event.run}: {count(event.items, 'unit')} with {count(event.documents, 'document')}, "
-            f"{count(event.workers, 'worker')}{done}"
+            f"{count(event.workers, 'worker')}{more}{done}"
         )
         if self.bar is not None:
             self.bar.start()

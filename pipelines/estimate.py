@@ -1,114 +1,194 @@
-"""What a scan will cost before it runs: tokens, index bytes by table, memory, time.
+"""How large the index of a scan will be, before it runs: tokens, rows and bytes of every table.
 
-Invariant: nothing here runs the model; tokens come from tokenising a sample of the corpus. Bytes a row
-are measured ones (docs/LOG.md has the runs); active features come from each SAE's nominal L0.
+Invariant: nothing here runs the model; tokens come from tokenising a sample of the corpus, rows and bytes
+from the laws of `tables.py`, corrected by what a finished scan measured (`measured.py`) where there is one.
+Active features are measured ones, else each SAE's nominal L0. `costs.py` has time and memory.
+Measured (the demo, 83.0 MB of data, 2026-11-23): 83.5 MB without a measured scan, 84.8 by the demo's own.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
+from pipelines import tables
 from pipelines.contexts import tokenize
 from pipelines.conversations import Conversations
 from pipelines.corpus import Document, read_documents
+from pipelines.measured import DEFAULT_L0, Measured
 from pipelines.messages import content_bytes
-from pipelines.planning import Planned, Prepared, sae_bytes
+from pipelines.planning import Planned, Prepared
 from pipelines.quarantine import culprits_apart
 from pipelines.schema import DATA
 from pipelines.storage import Store
-from pipelines.unit import CHUNK_TOKENS, SEGMENT_ROWS
+from pipelines.tables import SaeShape, Units
 from pipelines.words import human
 from sae_runtime.errors import InputError
-from sae_runtime.model import load_tokenizer, model_size
+from sae_runtime.model import load_tokenizer
 from sae_runtime.sae import SaeInfo
 
-DEFAULT_L0 = 100.0  # where a suite does not say
-BYTES = {  # per row, zstd 3, measured (docs/LOG.md, 2026-11-22)
-    "contexts": 1.5,  # per token
-    "activations": 2.0,
-    "document_features": 4.5,
-    "summaries": 6.0,  # per row of top_contexts and sampled_contexts
-    "windows": 10.0,  # more per such row, where `keep` leaves token rows out
-}
 _SAMPLE_TEXTS = 200
 _SAMPLE_BYTES = 1 << 20
-# Sustained rates that the time estimate assumes, FLOP/s.
-RATES = {"cpu": 250e9, "H200 at 40 % of its bf16 peak": 0.4 * 989e12}
+_LOOK = 512  # units whose rows are computed; of more, an even sample stands for all
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes in bytes, times in seconds."""
+    """The whole index that a plan's live units make. Sizes in bytes."""
 
     documents: int
     text_bytes: int
-    tokens: int
-    bytes_per_token: float
-    tables: dict[str, int]
-    worker_memory: int
-    forward_flops: float  # per token
-    encode_flops: float  # per token
+    tokens: int  # counted
+    tokens_run: int  # by the model, once for each SAE group
+    bytes_per_token: float  # of text
+    rows: dict[str, int]  # by table, as units write them
+    tables: dict[str, int]  # bytes, as units write them
+    compacted: dict[str, int]  # bytes after `compact` and `gc`
+    peak_bytes: int  # on disk while merged files stand beside those that they replace
     spared: int  # bytes of windows that need not be written because token rows are
+    shapes: dict[str, SaeShape]  # by SAE
+    l0_known: dict[str, str]  # by SAE: measured | published | given | assumed
+    unit_tokens: np.ndarray  # float64, as run, of each unit in the plan's order
+    unit_rows: dict[str, float]  # by table, of the largest unit
 
     @property
     def index_bytes(self) -> int:
         return sum(self.tables.values())
 
+    @property
+    def compacted_bytes(self) -> int:
+        return sum(self.compacted.values())
 
-def estimate(prepared: Prepared, planned: Planned, groups: Sequence[Sequence[str]]) -> Estimate:
-    """Estimate the whole index that a plan's live units make."""
+    @property
+    def kept_bytes(self) -> int:
+        """What `max_index_bytes` bounds: the index before or after compaction, whichever is more."""
+        return max(self.index_bytes, self.compacted_bytes)
+
+
+def estimate(
+    prepared: Prepared,
+    planned: Planned,
+    groups: Sequence[Sequence[str]],
+    constants: Measured | None = None,
+    l0: float | None = None,
+) -> Estimate:
+    """Estimate the whole index. `constants` of a measured scan correct it; `l0` is then every SAE's."""
     shares = [prepared.spec.share(planned.files[u.corpus, u.path].source) for u in planned.units]
     text_bytes = round(sum(u.bytes * share for u, share in zip(planned.units, shares, strict=True)))
     per_token = bytes_per_token(prepared, planned)
-    tokens = int(text_bytes / per_token)
     documents = round(sum(u.documents * share for u, share in zip(planned.units, shares, strict=True)))
-    rows = {sae.id: (sae.nominal_l0 or DEFAULT_L0) * tokens for sae in prepared.saes}
-    average = max(1.0, tokens / max(1, documents))
-    summaries = {s.id: _summary_rows(s, prepared, planned, documents, tokens) for s in prepared.saes}
-    spared = int(sum(summaries[s.id] for s in prepared.saes if s.keep == "tokens") * BYTES["windows"])
-    windows = int(sum(summaries.values()) * BYTES["windows"]) - spared
-    tables = {
-        "contexts": int(tokens * BYTES["contexts"]),
-        "activations": int(sum(rows[s.id] * _token_share(s) for s in prepared.saes) * BYTES["activations"]),
-        "document_features": int(
-            sum(_document_rows(s, average) * documents for s in prepared.saes if s.keep != "none")
-            * BYTES["document_features"]
-        ),
-        "summaries": int(sum(summaries.values()) * BYTES["summaries"]) + windows,
+    known = {sae.id: _l0(sae, constants, l0) for sae in prepared.saes}
+    shapes = {sae.id: SaeShape.of(sae.d_in, sae.width, known[sae.id][0], sae.keep) for sae in prepared.saes}
+    every = _units(prepared, planned, shares, per_token, constants)
+    units, saes = _some(every), list(shapes.values())
+    of_rows = {} if constants is None else constants.rows
+    of_bytes = {} if constants is None else constants.bytes
+    top_k, sample_k = prepared.spec.top_k, prepared.spec.sample_k
+    found = tables.corrected(tables.rows(saes, units, top_k, sample_k), of_rows)
+    by_rows, anyway = tables.sizes(saes, units, found, len(groups), len(prepared.spec.metadata))
+    sizes = {
+        table: float((size * of_bytes.get(table, 1.0) + anyway[table]) @ units.times)
+        for table, size in by_rows.items()
     }
-    _, used = model_size(prepared.source, [sae.site for sae in prepared.saes])
-    return Estimate(
-        documents,
-        text_bytes,
-        tokens,
-        per_token,
-        tables,
-        worker_memory(prepared, groups),
-        2.0 * used,  # two operations per weight
-        sum(2.0 * s.d_in * s.width for s in prepared.saes),
-        spared,
+    sizes["commits"] = tables.COMMIT * len(planned.units) * len(groups)
+    merged = tables.compacted(saes, units, sizes, (of_rows, of_bytes), top_k, sample_k)
+    total = {table: float(count @ units.times) for table, count in found.items()}
+    spared = sum(
+        (total[table] - total[f"windows_{table}"]) * tables.WINDOW
+        for table in ("top_contexts", "sampled_contexts")
     )
+    largest = int(np.argmax(units.run)) if len(units.run) else None
+    return Estimate(
+        documents=documents,
+        text_bytes=text_bytes,
+        tokens=int(every.counted.sum()),
+        tokens_run=int(every.run.sum()),
+        bytes_per_token=per_token,
+        rows={table: round(total[table]) for table in (*tables.UNIT_TABLES, *tables.SAE_TABLES)},
+        tables={table: int(size) for table, size in sizes.items()},
+        compacted={table: int(size) for table, size in merged.items()},
+        peak_bytes=int(_peak(sizes, merged)),
+        spared=int(spared),
+        shapes=shapes,
+        l0_known={sae: how for sae, (_, how) in known.items()},
+        unit_tokens=every.run,
+        unit_rows={
+            table: 0.0 if largest is None else float(count[largest]) for table, count in found.items()
+        },
+    )
+
+
+def _l0(sae: SaeInfo, constants: Measured | None, given: float | None) -> tuple[float, str]:
+    """Active features of a token, and where the number is from."""
+    if given is not None:
+        return given, "given"
+    if constants is not None and sae.id in constants.l0:
+        return constants.l0[sae.id], "measured"
+    return (DEFAULT_L0, "assumed") if sae.nominal_l0 is None else (sae.nominal_l0, "published")
+
+
+def _units(
+    prepared: Prepared,
+    planned: Planned,
+    shares: Sequence[float],
+    per_token: float,
+    constants: Measured | None,
+) -> Units:
+    """The shape of every unit."""
+    share = np.array(shares, float)
+    text = np.array([unit.bytes for unit in planned.units], float) * share / per_token
+    documents = np.array([unit.documents for unit in planned.units], float) * share
+    length, overlap = prepared.rule.length, prepared.rule.overlap
+    # The last window of a document is half full on average.
+    windows = np.divide(text, documents * (length - overlap), out=np.zeros_like(text), where=documents > 0)
+    contexts = documents * np.maximum(1.0, windows + 0.5)
+    chats = [prepared.templates[planned.files[u.corpus, u.path].source] is not None for u in planned.units]
+    return Units(
+        documents=documents,
+        contexts=contexts,
+        counted=text * (1.0 if constants is None else constants.counted),
+        run=text * length / (length - overlap),
+        segments=documents * np.array(chats, float) * tables.SEGMENTS,
+        times=np.ones(len(planned.units)),
+    )
+
+
+def _some(units: Units) -> Units:
+    """An even sample, where there are many, each standing for as many as there are to one."""
+    number = len(units.times)
+    if number <= _LOOK:
+        return units
+    places = np.linspace(0, number - 1, _LOOK).astype(int)
+    part = Units(*(getattr(units, name)[places] for name in Units.__dataclass_fields__))
+    return replace(part, times=np.full(_LOOK, number / _LOOK))
+
+
+def _peak(written: dict[str, float], merged: dict[str, float]) -> float:
+    """Merged rows replace written ones, or other merged ones, which go later than they come."""
+    replaced = sum(written[table] for table in ("activations", "document_features", "documents", "segments"))
+    return sum(merged.values()) + replaced
 
 
 def check_size(prepared: Prepared, planned: Planned, found: Estimate, index: str) -> None:
     """InputError if the index would pass `max_index_bytes` or the free disk, with cheaper policies."""
     limit = prepared.spec.max_index_bytes
     store = Store(index)
-    if found.index_bytes > limit:
+    if found.kept_bytes > limit:
         raise InputError(
-            f"max_index_bytes: the index is estimated at {human(found.index_bytes)}, over the limit of "
+            f"max_index_bytes: the index is estimated at {human(found.kept_bytes)}, over the limit of "
             f"{human(limit)}; {_cheaper(found)}"
         )
     if store.local:
         free = shutil.disk_usage(_existing(store.root)).free
         have = sum(store.fs.du(store.path(DATA), total=False).values()) if store.exists(DATA) else 0
-        if found.index_bytes - have > free:
+        if found.kept_bytes - have > free:
             raise InputError(
-                f"index: {human(found.index_bytes - have)} are still to be written by estimate, but the disk "
+                f"index: {human(found.kept_bytes - have)} are still to be written by estimate, but the disk "
                 f"of {index} has {human(free)} free; {_cheaper(found)}"
             )
 
@@ -140,40 +220,6 @@ def bytes_per_token(prepared: Prepared, planned: Planned) -> float:
             if isinstance(found, tuple):  # what cannot be tokenised will not be in the index either
                 size, count = size + found[0], count + found[1]
     return size / count if count else 4.0
-
-
-def worker_memory(prepared: Prepared, groups: Sequence[Sequence[str]]) -> int:
-    """Bytes of one worker: the largest group's SAEs, activations, rows held, the model's layers."""
-    by_id = {sae.id: sae for sae in prepared.saes}
-    saes = max(sum(sae_bytes(by_id[sae], prepared.device) for sae in group) for group in groups)
-    sites = {sae.site: sae.d_in for sae in prepared.saes}
-    chunk = CHUNK_TOKENS[prepared.device] * sum(sites.values()) * 4
-    weights, _ = model_size(prepared.source, list(sites))
-    size = 4 if prepared.spec.model.dtype == "float32" else 2
-    return int(saes + chunk + SEGMENT_ROWS * 40 + weights * size + (1 << 30))
-
-
-def _token_share(sae: SaeInfo) -> float:
-    if isinstance(sae.keep, float):
-        return sae.keep
-    return 1.0 if sae.keep == "tokens" else 0.0
-
-
-def _document_rows(sae: SaeInfo, tokens: float) -> float:
-    """Features of one SAE that fire in a document of so many tokens, by a fit to the demo."""
-    return min(sae.width, (sae.nominal_l0 or DEFAULT_L0) * tokens**0.6)
-
-
-def _summary_rows(sae: SaeInfo, prepared: Prepared, planned: Planned, documents: int, tokens: int) -> float:
-    """Rows of an SAE's partial summaries: each unit keeps its own until compaction merges them.
-
-    A fit to the demo's index: nearly all features fill their top slots (one a document), and their
-    contexts fill some three and a half strata.
-    """
-    spec, units = prepared.spec, max(1, len(planned.units))
-    contexts = max(documents, tokens / prepared.rule.length) / units
-    slots = 0.9 * min(spec.top_k, documents / units) + 3.5 * min(spec.sample_k, contexts)
-    return units * min(sae.width * slots, (sae.nominal_l0 or DEFAULT_L0) * tokens / units)
 
 
 def _cheaper(found: Estimate) -> str:

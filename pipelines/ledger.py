@@ -67,7 +67,7 @@ class Commit:
     tokens_run: int
     started: float
     finished: float
-    device: str
+    device: str  # its model; runs do not keep it, so this is where it can be looked up
     files: dict[str, DataFileRecord] = field(default_factory=dict)  # by kind
 
     @property

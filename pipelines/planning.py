@@ -363,7 +363,11 @@ def plan_groups(prepared: Prepared, workers: int | None = None) -> list[list[str
         workers = (
             max(1, (os.cpu_count() or 1) // prepared.spec.model.threads) if prepared.device == "cpu" else 1
         )
-    budget = memory_budget(workers, prepared.device)
+    return groups_within(prepared, memory_budget(workers, prepared.device))
+
+
+def groups_within(prepared: Prepared, budget: int) -> list[list[str]]:
+    """Ids of the SAEs that are scanned together: as many as take `budget` bytes of a worker, in order."""
     groups: list[list[str]] = []
     used = budget + 1
     for sae in prepared.saes:

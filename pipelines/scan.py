@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from pipelines.admission import Admission, check_here
 from pipelines.contents import Contents, Registered, resolve
 from pipelines.estimate import check_size, estimate
 from pipelines.executors.base import Attempted, Committed, Event, Executor, Failed, Progress
@@ -26,6 +27,7 @@ from pipelines.failures import Failures
 from pipelines.faults import crash
 from pipelines.lease import Lease
 from pipelines.ledger import Ledger
+from pipelines.measured import measured
 from pipelines.ordinals import unpack
 from pipelines.planning import (
     Planned,
@@ -59,7 +61,7 @@ class ScanOptions:
 
     executor: str = "ray"  # or "inline"
     address: str | None = None
-    workers: int | None = None
+    workers: int | None = None  # at most; None: as the cluster, or this machine, has room for
     allow_removal: bool = False
 
 
@@ -71,7 +73,8 @@ class Started:
     documents: int
     bytes: int
     items_done: int
-    workers: int
+    workers: int  # that there is room for now
+    elastic: bool  # whether more may come
     run: int
 
 
@@ -130,7 +133,10 @@ def run_scan(
             _name_limits(planned, spec, notice)
             if not todo.items and not planned.is_new:
                 return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
-            check_size(prepared, planned, estimate(prepared, planned, groups), spec.index)
+            constants = None if have is None else measured(store, planned.plans)
+            check_size(prepared, planned, estimate(prepared, planned, groups, constants), spec.index)
+            if todo.items and options.address is None:
+                check_here(store, session.device, spec.model.mixed_devices)
             if todo.items:
                 session.connect()
             crash("before-lease")
@@ -195,7 +201,8 @@ class _Session:
             staged=stage(ledger.store, prepared.source, prepared.saes, notice) if away else None,
         )
         run_of = _runs(planned)
-        executor = self._executor(setup, todo.items)
+        admission = Admission(ledger.store, planned.plan.run, prepared.spec.model.mixed_devices, notice)
+        executor = self._executor(setup, todo.items, admission, notice)
 
         def items() -> Iterator[Work]:
             for group, unit in todo:
@@ -212,7 +219,8 @@ class _Session:
                 documents=round(documents),
                 bytes=round(size),
                 items_done=len(planned.units) * len(groups) - todo.items,
-                workers=executor.workers,
+                workers=executor.planned,
+                elastic=executor.elastic,
                 run=planned.plan.run,
             )
         )
@@ -305,13 +313,15 @@ class _Session:
             return cluster_device()
         return local_device()
 
-    def _executor(self, setup: Setup, items: int) -> Executor:
+    def _executor(self, setup: Setup, items: int, admission: Admission, notice: Notice) -> Executor:
         if self.options.executor == "inline":
-            return InlineExecutor(setup)
+            return InlineExecutor(setup, admission)
         from pipelines.executors.ray import RayExecutor, default_workers
 
-        workers = self.options.workers or default_workers(setup.device, setup.spec.model.threads)
-        return RayExecutor(setup, min(workers, max(1, items)), self.options.address is None)
+        local, workers = self.options.address is None, self.options.workers
+        if local and workers is None:
+            workers = default_workers(setup.device, setup.spec.model.threads)
+        return RayExecutor(setup, admission, notice, items, workers, local)
 
 
 class _Todo:

@@ -41,6 +41,7 @@ class Policy:
     straggler_least: float = 10.0
     straggler_factor: float = 2.0  # times the median of durations
     sick_after: int = 3  # failures in a row of a worker, while others commit as many
+    spare: int = 4  # in the tail one idle worker is kept for so many attempts that may turn out slow
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,18 @@ class Scheduler(Generic[T, W]):
         """Idle workers that the rest of the items cannot need; `leave` follows where one is let go."""
         if self._head is not None or self._urgent:
             return []
-        needed = len(self._alone) + len(self._later)
-        return list(self._idle)[needed:]
+        return list(self._idle)[self._spare :]
+
+    def useful(self, left: int) -> int:
+        """How many workers the rest can use, of which `left` items have not ended."""
+        if self._head is not None:
+            return left
+        return len(self._attempts) + len(self._urgent) + self._spare
+
+    @property
+    def _spare(self) -> int:
+        """Idle workers that the tail may need: for copies, and for what is tried again later."""
+        return -(-len(self._alone) // self.policy.spare) + len(self._later)
 
     # --- items
 

@@ -9,6 +9,7 @@
     failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
     annotations/<number>.json      which files hold facts of decoders and explanations
     staged/<key>.json              what the driver put there for workers: files of the hub; a cache
+    devices/<number>.json          the models of device that units are scanned on, each once
     leases/<term>.json             who may scan; heartbeat.json says that they live
 
 Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit; `token` in activation
@@ -38,8 +39,7 @@ INDEX = "index.json"
 VOCABULARY = "vocabulary.parquet"
 PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 SNAPSHOTS, MANIFESTS = "snapshots", "manifests"
-ANNOTATIONS = "annotations"
-STAGED = "staged"
+ANNOTATIONS, DEVICES, STAGED = "annotations", "devices", "staged"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))
 _FEATURE = pa.field("feature", pa.int32())

@@ -103,6 +103,8 @@ class ModelSettings(_Frozen):
     """The language model. `threads` are CPU threads per worker; on a CPU they fix the values too.
 
     `attention` says how contexts share a run: like lengths padded side by side (`sdpa`), or packed into rows.
+    `mixed_devices` lets GPUs or CPUs of several models scan one index, which gives up bit-equal values; it
+    may change between scans.
     """
 
     uri: Text
@@ -111,6 +113,7 @@ class ModelSettings(_Frozen):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count = 2
     attention: Literal["sdpa", "flex_attention", "flash_attention_2"] = "sdpa"
+    mixed_devices: StrictBool = False
 
 
 class Sample(_Frozen):

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.contents import contents
+from pipelines.devices import recorded
 from pipelines.failures import Failure, Failures
 from pipelines.lease import running
 from pipelines.names import reading
@@ -40,6 +41,7 @@ class Status:
     quarantined: int  # documents
     bytes: int  # of the data files that are read
     last_commit: float | None  # seconds ago
+    devices: tuple[str, ...]  # models that units were scanned on, the first one first
     errors: tuple[str, ...]  # of the failed units, newest first
 
 
@@ -79,6 +81,7 @@ def _status(uri: str) -> Status:
         quarantined=total["quarantined"],
         bytes=sum({file.path: file.bytes for kind in KINDS for file in held.files(kind)}.values()),
         last_commit=None if last is None else time.time() - last,
+        devices=recorded(store),
         errors=tuple(dict.fromkeys(errors[unit] for unit in errors if unit in failed)),
     )
 

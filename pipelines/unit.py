@@ -72,6 +72,7 @@ from pipelines.staged import Staged
 from pipelines.storage import Store
 from pipelines.writer import UnitWriter, windows_column
 from sae_runtime import suites
+from sae_runtime.device import device_model
 from sae_runtime.encode import Encoder
 from sae_runtime.errors import DataError
 from sae_runtime.model import LanguageModel, ModelSource, load_tokenizer
@@ -174,7 +175,7 @@ class Scanner:
             tokens_run=scan.tokens,
             started=started,
             finished=time.time(),
-            device=device_name(self.setup.device),
+            device=device_model(self.setup.device),
             files=records,
         )
         crash("before-commit")

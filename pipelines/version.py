@@ -20,12 +20,12 @@ import sae_runtime
 
 @functools.cache
 def code_version() -> str:
-    """E.g. `0.1.0+3f2a9c4b1d07`; `checkout+…` where the package is not installed."""
+    """E.g. `0.1.0 (3f2a9c4b1d07)`; `checkout (…)` where the package is not installed."""
     try:
         release = importlib.metadata.version("corpuscope")
     except importlib.metadata.PackageNotFoundError:
         release = "checkout"
-    return f"{release}+{sources_digest([Path(room.__path__[0]) for room in (sae_runtime, pipelines)])}"
+    return f"{release} ({sources_digest([Path(room.__path__[0]) for room in (sae_runtime, pipelines)])})"
 
 
 def sources_digest(rooms: Sequence[Path]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -462,9 +463,7 @@ def test_the_code_version_changes_with_any_source_and_with_nothing_else(tmp_path
     assert sources_digest([room]) != first
     (room / "inner" / "b.py").rename(room / "b.py")
     assert len({first, sources_digest([room]), sources_digest([])}) == 3
-    release, _, digest = code_version().partition("+")
-    assert release
-    assert len(digest) == 12
+    assert re.fullmatch(r"\S+ \([0-9a-f]{12}\)", code_version())
 
 
 def test_another_code_is_named_when_a_scan_goes_on_and_when_files_are_added(
@@ -498,12 +497,16 @@ def test_another_code_is_named_when_a_scan_goes_on_and_when_files_are_added(
             scan_inline(spec, observe=observe, notice=told.append)
         return [line for line in told if "versions" in line]
 
-    assert scanned("1.0+aaa", stop=True) == []
-    assert scanned("1.0+bbb") == ["note: run 1 began with other versions: corpuscope 1.0+aaa -> 1.0+bbb"]
+    assert scanned("1.0 (aaa)", stop=True) == []
+    assert scanned("1.0 (bbb)") == [
+        "note: run 1 began with other versions: corpuscope 1.0 (aaa) -> 1.0 (bbb)"
+    ]
     (corpus / "3.jsonl").write_text(json.dumps({"text": "rain in Paris"}) + "\n")
-    assert scanned("1.0+ccc") == ["note: run 1 began with other versions: corpuscope 1.0+aaa -> 1.0+ccc"]
+    assert scanned("1.0 (ccc)") == [
+        "note: run 1 began with other versions: corpuscope 1.0 (aaa) -> 1.0 (ccc)"
+    ]
     (corpus / "4.jsonl").write_text(json.dumps({"text": "rain in London"}) + "\n")
-    assert scanned("1.0+ccc") == []
+    assert scanned("1.0 (ccc)") == []
 
 
 # --- what other stores raise

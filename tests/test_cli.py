@@ -836,8 +836,10 @@ def test_plan_says_what_a_scan_would_cost(tmp_path: Path, write_spec: Any, corpu
     assert row["documents"] > 40
     assert row["index_bytes"] == sum(row[name] for name in row if name.startswith("bytes_"))
     assert row["worker_memory"] > 0
-    assert row["bottleneck"] in ("the model", "SAE encoding")
-    assert row["hours_cpu"] > row["hours_h200"] > 0
+    assert row["bottleneck"] == "writing", "seven tiny SAEs behind a tinier model"
+    assert (row["device"], row["speed"], row["gpu"]) == ("cpu", "assumed", "H200")
+    assert row["wall_seconds"] > row["work_seconds"] > 0
+    assert row["gpu_hours"] > 0
     done = corpuscope("plan", spec)
     assert done.err == ""
     for words in (
@@ -846,6 +848,7 @@ def test_plan_says_what_a_scan_would_cost(tmp_path: Path, write_spec: Any, corpu
         "max_index_bytes is 1.0 TB",
         "GPU-hours",
         "TFLOP/s",
+        "speed: assumed",
     ):
         assert words in done.out
     assert not (tmp_path / "index").exists()

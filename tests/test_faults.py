@@ -202,7 +202,8 @@ def test_killed_before_the_first_snapshot_is_there(
         ("first", "scan", 1, 1),  # of the lease
         ("first", "scan", 2, 1),  # of index.json
         ("first", "scan", 3, 1),  # of the plan
-        ("first", "scan", 4, 0),  # of a commit, which is found to be the attempt's own
+        ("first", "scan", 4, 0),  # of the device, which is found to be recorded
+        ("first", "scan", 5, 0),  # of a commit, which is found to be the attempt's own
         ("second", "scan", 2, 1),  # of another plan
         ("second", "compact", 1, 1),  # of a snapshot
         ("second", "gc", 1, 1),  # of the plan that gives dropped units up

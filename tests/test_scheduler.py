@@ -396,16 +396,20 @@ def test_an_outage_does_not_burn_through_the_plan() -> None:
 def test_idle_workers_are_let_go_in_the_tail_and_enough_stay_for_what_may_come() -> None:
     scheduler = crew(5, workers=10)
     flying = started(scheduler, 0.0)
-    assert scheduler.surplus() == []  # five in flight, five idle: each may need a copy
+    assert scheduler.useful(5) == 7  # five in flight, and a spare for each four
+    assert len(scheduler.surplus()) == 3
     for attempt in flying[:3]:
         scheduler.committed(attempt.number, 1.0)
+    assert scheduler.useful(2) == 3
     let_go = scheduler.surplus()
-    assert len(let_go) == 6
+    assert len(let_go) == 7
     for worker in let_go:
         scheduler.leave(worker)
     assert scheduler.surplus() == []
     scheduler.failed(flying[3].number, "infra", 2.0)
+    assert scheduler.useful(2) == 3  # one in flight, one for its copy, one for what is tried again
     scheduler.committed(flying[4].number, 2.0)
+    assert scheduler.useful(1) == 1
     (last,) = started(scheduler, 10.0)
     scheduler.committed(last.number, 11.0)
     assert scheduler.done

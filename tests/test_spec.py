@@ -61,7 +61,7 @@ def test_an_unknown_key_is_named_with_the_key_that_is_meant(tmp_path: Path, plac
 
 def test_an_unknown_key_far_from_all_lists_what_is_known(tmp_path: Path) -> None:
     assert problem(tmp_path, edited("model.zzz", 1)) == (
-        "model.zzz: unknown key; known are uri, revision, dtype, device, threads, attention"
+        "model.zzz: unknown key; known are uri, revision, dtype, device, threads, attention, mixed_devices"
     )
 
 

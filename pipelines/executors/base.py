@@ -67,7 +67,12 @@ Observer = Callable[[Event], None]
 class Executor(Protocol):
     """Runs work items; `observe` is called in the driver's thread as things happen."""
 
-    workers: int
+    planned: int  # workers at the start
+    elastic: bool  # whether more may come
+
+    @property
+    def workers(self) -> int:
+        """How many there are now."""
 
     def run(
         self, items: Iterable[Work], observe: Observer, tried: Mapping[Hashable, Tried] | None = None

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
+from pipelines.admission import Admission, introduce
 from pipelines.compaction import Task, perform_here
 from pipelines.executors.base import (
     Attempted,
@@ -27,7 +28,7 @@ from pipelines.failures import kind_of
 from pipelines.ledger import DataFileRecord
 from pipelines.scheduler import Attempt, Policy, Scheduler, Tried
 from pipelines.unit import Scanner, Setup, Work
-from sae_runtime.errors import CorpuscopeError, DataError, one_line
+from sae_runtime.errors import CorpuscopeError, DataError, InputError, one_line
 
 _HERE = 0
 _NAP = 1.0  # seconds between looks at the clock while everything waits to be tried again
@@ -36,9 +37,14 @@ _NAP = 1.0  # seconds between looks at the clock while everything waits to be tr
 class InlineExecutor:
     """One scanner in this process."""
 
-    workers = 1
+    workers = planned = 1
+    elastic = False
 
-    def __init__(self, setup: Setup, policy: Policy | None = None) -> None:
+    def __init__(self, setup: Setup, admission: Admission, policy: Policy | None = None) -> None:
+        """InputError if this machine may not scan."""
+        why = admission.refusal(introduce(setup.device))
+        if why is not None:
+            raise InputError(f"this machine may not scan: {why}")
         self.scanner = Scanner(setup)
         self.policy = policy
 
