@@ -497,16 +497,12 @@ def test_another_code_is_named_when_a_scan_goes_on_and_when_files_are_added(
             scan_inline(spec, observe=observe, notice=told.append)
         return [line for line in told if "versions" in line]
 
-    assert scanned("1.0 (aaa)", stop=True) == []
-    assert scanned("1.0 (bbb)") == [
-        "note: run 1 began with other versions: corpuscope 1.0 (aaa) -> 1.0 (bbb)"
-    ]
+    assert scanned("1 (aaa)", stop=True) == []
+    assert scanned("1 (bbb)") == ["note: run 1 began with other versions: corpuscope 1 (aaa) -> 1 (bbb)"]
     (corpus / "3.jsonl").write_text(json.dumps({"text": "rain in Paris"}) + "\n")
-    assert scanned("1.0 (ccc)") == [
-        "note: run 1 began with other versions: corpuscope 1.0 (aaa) -> 1.0 (ccc)"
-    ]
+    assert scanned("1 (ccc)") == ["note: run 1 began with other versions: corpuscope 1 (aaa) -> 1 (ccc)"]
     (corpus / "4.jsonl").write_text(json.dumps({"text": "rain in London"}) + "\n")
-    assert scanned("1.0 (ccc)") == []
+    assert scanned("1 (ccc)") == []
 
 
 # --- what other stores raise
