@@ -9,6 +9,7 @@ that disks are left out; each part is a process of its own, so that peaks of mem
     run      the same command again: every unit committed by 1,000 workers, with tiers as in any scan
     a        the same command again: all is committed, nothing to do
     c        99 % of the commits, nothing compacted: seconds to the first unit
+    named    the same, each commit naming eight data files as those of a real scan do
     tiers    c, compacted in tiers
     b        the same, compacted: seconds to the first unit
     status   `corpuscope status` and `queries.connect` of the index that `run` made
@@ -38,7 +39,7 @@ from typing import Any
 import click
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("plan", "run", "a", "c", "tiers", "b", "status")
+PARTS = ("plan", "run", "a", "c", "named", "tiers", "b", "status")
 ROWS = 1000  # of a corpus file
 SEED = 1
 MISSING = 0.01  # of the units, scattered, in b and c
@@ -451,6 +452,34 @@ def part_c(folder: Path, units: int, workers: int) -> Found:
     for ordinal in drawn:
         Path(index, "commits", f"{ordinal // 4096:06d}", f"{ordinal:09d}.0.json").unlink(missing_ok=True)
     return resume(folder, str(index))
+
+
+def part_named(folder: Path, units: int, workers: int) -> Found:
+    holes, index = folder / "holes", folder / "named"
+    shutil.copytree(holes / "plans", index / "plans", copy_function=os.link)
+    for name in ("index.json", "vocabulary.parquet"):
+        shutil.copy(holes / name, index / name)
+    kinds = (
+        "documents", "contexts", "activations", "document_features", "features", "top_contexts",
+        "sampled_contexts", "saes",
+    )  # fmt: skip
+    for file in (holes / "commits").rglob("*.json"):
+        commit = json.loads(file.read_bytes())
+        stem = f"{commit['unit']}.{commit['group']}-{commit['attempt']}"
+        commit["files"] = {
+            kind: {
+                "path": f"data/{kind}/{stem}.parquet",
+                "rows": 1 << 20,
+                "bytes": 1 << 22,
+                "digest": uuid.uuid4().hex,
+            }
+            for kind in kinds
+        }
+        target = index / file.relative_to(holes)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(commit))
+    before = peak_mb()
+    return {"before_mb": before, **resume(folder, str(index))}
 
 
 def part_tiers(folder: Path, units: int, workers: int) -> Found:

@@ -9,19 +9,17 @@ Measured (2 busy cores of a Xeon): telling takes a worker 20 ms once torch is im
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import os
 import platform
 import socket
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
-import sae_runtime
 from pipelines import devices
 from pipelines.storage import Store
+from pipelines.version import code_version
 from sae_runtime.device import device_model
 from sae_runtime.errors import CorpuscopeError, InputError, one_line
 
@@ -47,18 +45,9 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "corpuscope": _code(),
+        "corpuscope": code_version(),
         **installed,
     }
-
-
-def _code() -> str:
-    """Digest of the sources that values come from: they change while a version number stays."""
-    digest = hashlib.blake2b(digest_size=6)
-    for room in (Path(sae_runtime.__path__[0]), Path(__file__).parent):
-        for file in sorted(room.rglob("*.py")):
-            digest.update(f"{file.relative_to(room).as_posix()}\0".encode() + file.read_bytes() + b"\0")
-    return f"code {digest.hexdigest()}"
 
 
 def check_here(store: Store, device: str, mixed: bool) -> None:

@@ -53,6 +53,7 @@ from pipelines.schema import (
     metadata_type,
 )
 from pipelines.snapshots import Node, Run, Snapshot, newest, read_nodes, read_runs
+from pipelines.staged import recorded, sizes
 from pipelines.storage import Store, names
 from sae_runtime.errors import DataError, InputError, one_line
 
@@ -128,6 +129,7 @@ def audit(store: Store, told: Told = lambda words: None, quick: bool = False) ->
     _annotations(state, index)
     _summaries(state, plans)
     _records(state)
+    _staged(state)
     _look_again(state)
     live = {unit.ordinal for unit in live_units(plans)}
     findings.units = len(live)
@@ -514,6 +516,19 @@ def _annotations(state: _State, index: _Index) -> None:
         readable = _files(state, index, _Owner(name), piece, each.kind, [each.file])
         if readable and not state.quick:
             _annotated_rows(state, index, each)
+
+
+def _staged(state: _State) -> None:
+    """Check that what workers would fetch is as long as it was; what is missing they have from the hub."""
+    try:
+        there = sizes(state.store)
+        for file in recorded(state.store).values():
+            ok = there.get(file.name, file.bytes) == file.bytes
+            told = f"{there.get(file.name)} bytes, not {file.bytes}; remove it"
+            state.findings.expect(ok, file.name, "staged files are whole", told)
+            state.findings.files += 1
+    except DataError as error:
+        state.findings.expect(False, "staged", "staged files are whole", one_line(error))
 
 
 def _annotated_rows(state: _State, index: _Index, each: Annotated) -> None:

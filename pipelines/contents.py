@@ -200,20 +200,27 @@ def contents(store: Store) -> Contents:
     return resolve(store, Registered(identity, plans, tuple(in_corpus_order(plans))))
 
 
-def resolve(store: Store, registered: Registered, span: tuple[int, int] = EVERYTHING) -> Contents:
-    """What is committed of the units in a span of ordinals."""
-    return resolve_each(store, registered, [span])[0]
+def resolve(
+    store: Store, registered: Registered, span: tuple[int, int] = EVERYTHING, files: bool = True
+) -> Contents:
+    """What is committed of the units in a span of ordinals; `files` as `resolve_each` has it."""
+    return resolve_each(store, registered, [span], files)[0]
 
 
-def resolve_each(store: Store, registered: Registered, spans: Sequence[tuple[int, int]]) -> list[Contents]:
-    """What is committed of the units in each of some spans that do not overlap, at one moment."""
+def resolve_each(
+    store: Store, registered: Registered, spans: Sequence[tuple[int, int]], files: bool = True
+) -> list[Contents]:
+    """What is committed of the units in each of some spans that do not overlap, at one moment.
+
+    Without `files` the commits name none, for whoever only counts them.
+    """
     snapshot = newest(store)
     hull = min(first for first, _ in spans), max(stop for _, stop in spans)
     runs = [run for run in read_runs(store, snapshot.runs) if _meets(run, *hull)]
     nodes = [node for node in read_nodes(store, snapshot.nodes) if node.meets(*hull)]
     runs_of = [tuple(run for run in runs if _meets(run, *span)) for span in spans]
     open_ = [_open(registered, inside, *span) for inside, span in zip(runs_of, spans, strict=True)]
-    commits = Ledger(store).commits(np.concatenate(open_))
+    commits = Ledger(store).commits(np.concatenate(open_), files)
     found = []
     for span, inside, ordinals in zip(spans, runs_of, open_, strict=True):
         own = commits

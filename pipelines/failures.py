@@ -20,7 +20,7 @@ from pipelines.registry import Unit, dump
 from pipelines.scheduler import Kind, Tried
 from pipelines.schema import FAILURES
 from pipelines.storage import Store, names
-from sae_runtime.errors import DataError, is_infrastructure
+from sae_runtime.errors import DataError, is_infrastructure, is_remote
 
 GIVEN_UP = "given_up"
 _KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -98,9 +98,9 @@ def kind_of(error: BaseException) -> Kind:
     """What an exception in a worker counts as."""
     if not is_infrastructure(error) or isinstance(error, _PATH):
         return "task"
-    if isinstance(error, OSError) and error.errno != errno.ENOMEM:
-        return "infra"
-    return "memory"
+    if isinstance(error, OSError):
+        return "memory" if error.errno == errno.ENOMEM else "infra"
+    return "infra" if is_remote(error) else "memory"
 
 
 def _open(account: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:

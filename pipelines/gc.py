@@ -8,6 +8,8 @@ Five kinds, each with its own proof that it is dead:
   it is scanned anew;
 - annotations that others replaced, likewise;
 - records of due times of schedules that are not among the newest ones, which nothing asks for, at once;
+- what was staged for workers, UNFINISHED seconds after it was put there, while no scan runs: one that begins
+  at that moment has its weights from the hub;
 - work that nothing names, and the temporaries of writers that were killed: after UNFINISHED seconds, far
   beyond the age at which an attempt refuses to commit.
 Leases, failures and what is said of runs stay: they are the index's history, a few kB a run.
@@ -25,20 +27,30 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipelines import annotation_records, due
+from pipelines import annotation_records, due, lease, staged
 from pipelines.contents import Contents, contents
 from pipelines.faults import crash
 from pipelines.ledger import Ledger
 from pipelines.ordinals import pack, unpack
 from pipelines.registry import Plan, objects
-from pipelines.schema import ANNOTATIONS, DATA, FACTS, MANIFESTS, PLANS, REPLACED, SCHEDULES, SNAPSHOTS
+from pipelines.schema import (
+    ANNOTATIONS,
+    DATA,
+    FACTS,
+    MANIFESTS,
+    PLANS,
+    REPLACED,
+    SCHEDULES,
+    SNAPSHOTS,
+    STAGED,
+)
 from pipelines.snapshots import Node, Run, read_nodes, read_runs, snapshot_name
 from pipelines.storage import Entry, Store
 
 READERS = 600.0
 UNFINISHED = 86400.0
 _OWN = re.compile(r"(?P<kind>\w+)/(?P<unit>[0-9a-f]+)\.(?P<group>\d+)-(?P<attempt>[0-9a-f]+)\.parquet")
-_TURNS = (DATA, MANIFESTS, SNAPSHOTS, ANNOTATIONS, PLANS)
+_TURNS = (DATA, MANIFESTS, SNAPSHOTS, ANNOTATIONS, PLANS, STAGED)
 _TEMPORARY = re.compile(r"(.*/)?\.(clock-)?[0-9a-f]{32}")  # as the storage door names them
 _ANNOTATED = re.compile(rf"(?:{'|'.join(FACTS)})/annotation-[0-9a-f]+\.parquet")
 _MERGED = re.compile(r"\w+/(?P<stem>(?:run|node)-\d+-\d+-[0-9a-f]+)(?:-\d+)*\.parquet")
@@ -175,6 +187,11 @@ def _garbage(
     served = {entry.name: entry for entry in _listed(store, SCHEDULES)}
     for name in due.outdated(list(served)):
         yield served[name], True
+    objects_named = {file.name for file in staged.recorded(store).values()}
+    idle = lease.running(store) is None
+    for entry in _listed(store, STAGED):
+        if idle or not (entry.name.endswith(".json") or entry.name in objects_named):
+            yield entry, now - entry.modified >= unfinished
     for entry in store.details("", hidden=True):
         if _TEMPORARY.fullmatch(entry.name):
             yield entry, now - entry.modified >= unfinished

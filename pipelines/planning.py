@@ -9,7 +9,6 @@ read again, one that was merely touched is re-read but not re-scanned.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -43,6 +42,7 @@ from pipelines.schema import FORMAT
 from pipelines.selfcheck import other_model
 from pipelines.spec import CorpusSource, Sample, ScanSpec
 from pipelines.unit import device_name
+from pipelines.version import code_version
 from sae_runtime import suites
 from sae_runtime.errors import InputError
 from sae_runtime.fingerprints import fingerprint
@@ -409,13 +409,6 @@ def environment() -> dict[str, str]:
         "transformers": transformers.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def code_version() -> str:
-    try:
-        return importlib.metadata.version("corpuscope")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "checkout"
 
 
 def _sae_record(sae: SaeInfo, prepared: Prepared) -> dict[str, Any]:

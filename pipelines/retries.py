@@ -1,4 +1,4 @@
-"""Patience with remote stores: what is tried again, how long, and one brake for the whole process.
+"""Patience with remote stores: what is tried again, how long, and brakes that a whole process shares.
 
 Invariant: nothing waits for ever. A request has `Patience.total` seconds from its first try to its last,
 and the error of the last is raised as it is. Whoever calls says which errors pass by themselves.
@@ -39,13 +39,12 @@ class Patience:
 
 
 class Brake:
-    """Holds back every request to one store after an answer of "slow down".
+    """Holds back every request to one part of a store after an answer of "slow down".
 
     Used from fsspec's event loop alone, of which a process has one: all its threads wait here, without locks.
     """
 
     def __init__(self) -> None:
-        self.proven = False  # the store has done what it was asked once
         self._set = self._released = self._pause = 0.0  # by the monotonic clock; seconds
 
     async def passed(self, until: float) -> None:
@@ -62,21 +61,36 @@ class Brake:
         self._released = self._set + self._pause
 
     def answered(self) -> None:
-        self.proven = True
         self._pause *= 0.9
+
+
+class Brakes:
+    """Those of one store: a brake for each part that the store throttles by itself.
+
+    What one part is told holds every thread of the process back from it, and from no other: a bucket of
+    corpora that is too hot does not keep commits from an index.
+    """
+
+    def __init__(self) -> None:
+        self.proven = False  # the store has done what it was asked once
+        self._parts: dict[str, Brake] = {}
+
+    def of(self, part: str) -> Brake:
+        """The brake of a part, made when it is first asked for."""
+        return self._parts.setdefault(part, Brake())
 
 
 async def patiently(
     once: Callable[[int], Awaitable[T]],
     passes: Callable[[BaseException], bool],
     patience: Patience,
-    brake: Brake,
+    store: Brakes,
 ) -> T:
     """What `once(number of the try, from 1)` returns, tried again after errors that pass by themselves."""
 
     def stop(state: RetryCallState) -> bool:
         spent = (state.seconds_since_start or 0.0) + state.upcoming_sleep
-        return spent >= (patience.total if brake.proven else patience.unproven)
+        return spent >= (patience.total if store.proven else patience.unproven)
 
     tries = AsyncRetrying(
         retry=retry_if_exception(passes),
@@ -95,7 +109,7 @@ async def renewing(
     expired: Callable[[BaseException], bool],
     renew: Callable[[], Awaitable[None]],
     patience: Patience,
-    brake: Brake,
+    store: Brakes,
 ) -> T:
     """What `once()` returns, tried again after `renew()` when its credentials have expired.
 
@@ -104,7 +118,7 @@ async def renewing(
     tries = AsyncRetrying(
         retry=retry_if_exception(expired),
         wait=wait_exponential(multiplier=patience.renewal, max=patience.longest),
-        stop=lambda state: stop_after_attempt(patience.renewals if brake.proven else 2)(state),
+        stop=lambda state: stop_after_attempt(patience.renewals if store.proven else 2)(state),
         reraise=True,
     )
     async for attempt in tries:

@@ -25,7 +25,7 @@ from fsspec.asyn import FSTimeoutError, sync_wrapper
 from s3fs.core import S3FileSystem, add_retryable_error
 from s3fs.errors import translate_boto_error
 
-from pipelines.retries import Brake, Patience, patiently, renewing
+from pipelines.retries import Brakes, Patience, patiently, renewing
 from sae_runtime.errors import one_line
 
 _THROTTLED = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"}
@@ -62,7 +62,7 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
 
     patience: ClassVar[Patience] = Patience()
     retries = 10  # of a body that broke off, as s3fs counts them: half a minute of waits, and `patience` each
-    _brakes: ClassVar[dict[str, Brake]] = defaultdict(Brake)  # by the server's address
+    _brakes: ClassVar[dict[str, Brakes]] = defaultdict(Brakes)  # by the server's address
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("use_listings_cache", False)  # other processes write
@@ -96,7 +96,8 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
 
     async def _call_s3(self, method: str, *akwarglist: Any, **kwargs: Any) -> Any:
         await self.set_session()
-        brake = self._brakes[self._s3.meta.endpoint_url]
+        server = self._brakes[self._s3.meta.endpoint_url]
+        brake = server.of(_part(kwargs))
         patience = self.patience
         if method == "abort_multipart_upload":
             patience = replace(patience, total=min(patience.total, _ABORT_SECONDS))
@@ -119,6 +120,7 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
                 if _is_throttled(error):
                     brake.throttled(sent, patience)
                 elif _status(error) in _REFUSED:
+                    server.proven = True
                     brake.answered()
                 if _code(error) == "NoSuchUpload":
                     if method == "abort_multipart_upload":
@@ -126,15 +128,16 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
                     if method == "complete_multipart_upload" and number > 1:
                         return await self._completed(kwargs, error)
                 raise
+            server.proven = True
             brake.answered()
             return answer
 
         try:
             return await renewing(
-                lambda: patiently(once, _passes, patience, brake), _is_expired, renew, patience, brake
+                lambda: patiently(once, _passes, patience, server), _is_expired, renew, patience, server
             )
         except (boto.ClientError, *_PASSING_ERRORS) as error:
-            raise self._told(error, kwargs, brake) from error
+            raise self._told(error, kwargs, server) from error
 
     call_s3 = sync_wrapper(_call_s3)  # s3fs's own is bound to its own
 
@@ -175,7 +178,7 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
             raise error
         return found
 
-    def _told(self, error: Exception, kwargs: dict[str, Any], brake: Brake) -> Exception:
+    def _told(self, error: Exception, kwargs: dict[str, Any], server: Brakes) -> Exception:
         """An OSError that names the object and the remedy."""
         if _is_expired(error):
             text = (
@@ -184,7 +187,7 @@ class PatientS3(S3FileSystem):  # type: ignore[misc, unused-ignore]
             )
             return PermissionError(errno.EACCES, text, _where(kwargs))
         if _passes(error):
-            waited = self.patience.total if brake.proven else self.patience.unproven
+            waited = self.patience.total if server.proven else self.patience.unproven
             text = (
                 f"{one_line(error)} (tried for {waited:g} s); see to the store or the network and run again"
             )
@@ -214,6 +217,14 @@ class _Body:
 def _where(kwargs: dict[str, Any]) -> str:
     """The object of a request, or the prefix of a listing."""
     return f"s3://{kwargs.get('Bucket', '')}/{kwargs.get('Key', kwargs.get('Prefix', ''))}".rstrip("/")
+
+
+def _part(kwargs: dict[str, Any]) -> str:
+    """Bucket and first folder of what a request is about: S3 chooses by itself which prefixes it throttles,
+    and what lies in two top folders is seldom under one of them."""
+    several = kwargs.get("Delete", {}).get("Objects") or [{}]
+    key = str(kwargs.get("Key") or kwargs.get("Prefix") or several[0].get("Key") or "")
+    return f"{kwargs.get('Bucket', '')}/{key.split('/')[0]}"
 
 
 def _code(error: BaseException) -> str:

@@ -34,7 +34,6 @@ from pipelines.planning import (
     Planned,
     Prepared,
     check_identity,
-    code_version,
     environment,
     identity,
     local_device,
@@ -43,13 +42,15 @@ from pipelines.planning import (
     prepare,
 )
 from pipelines.quarantine import Tally
-from pipelines.registry import Unit, in_corpus_order
+from pipelines.registry import Unit, in_corpus_order, last_scan
 from pipelines.schema import VOCABULARY
 from pipelines.selfcheck import MIN_TOKENS, complaints
 from pipelines.spec import ScanSpec
+from pipelines.staging import stage
 from pipelines.storage import Store
 from pipelines.unit import Setup, Work
 from pipelines.upkeep import Upkeep
+from pipelines.version import code_version
 from pipelines.vocabulary import vocabulary
 from sae_runtime.errors import CorpuscopeError, InputError, Interrupted
 from sae_runtime.model import load_tokenizer
@@ -120,11 +121,14 @@ def run_scan(
             want = identity(prepared, metadata, groups)
             if have is not None:
                 check_identity(spec.index, have, want)
-            held = None if have is None else resolve(store, Registered(have, planned.plans, planned.units))
+            held = None
+            if have is not None:
+                known = Registered(have, planned.plans, planned.units)
+                held = resolve(store, known, files=False)
             tally = _tally(spec.index, len(groups), held)
             tally.check()
             todo = _Todo(planned, held, len(groups))
-            del held  # a million commits, where nothing is compacted
+            held = None  # a million commits, where nothing is compacted
             if options.address is not None and spec.model.device == "auto" and session.device == "cpu":
                 notice(
                     "note: the cluster has no GPU now, so this scans on CPUs; `model.device: cuda` waits for "
@@ -210,6 +214,8 @@ class _Session:
         """Run what is to be done."""
         groups: list[list[str]] = registered.identity["groups"]
         by_id = {sae.id: sae for sae in prepared.saes}
+        # Elsewhere machines start empty; on a shared disk they share HF_HOME instead.
+        away = self.options.executor == "ray" and self.options.address is not None and not ledger.store.local
         setup = Setup(
             spec=prepared.spec,
             source=prepared.source,
@@ -218,6 +224,7 @@ class _Session:
             metadata=metadata,
             index=prepared.spec.index,
             templates=prepared.templates,
+            staged=stage(ledger.store, prepared.source, prepared.saes, notice) if away else None,
         )
         run_of = _runs(planned)
         admission = Admission(ledger.store, planned.plan.run, prepared.spec.model.mixed_devices, notice)
@@ -429,22 +436,20 @@ def _name_limits(planned: Planned, spec: ScanSpec, notice: Notice) -> None:
 
 
 def _name_changes(planned: Planned, notice: Notice) -> None:
-    """Say what leaves the index, and which versions differ from the run that is resumed.
+    """Say what leaves the index, and which versions differ from the run that is resumed, or came before.
 
     With other versions values may differ in their last bits.
     """
     if not planned.units:
         notice("note: the corpus has no documents")
-    if planned.is_new:
-        if planned.plan.dropped:
-            left = len(unpack(planned.plan.dropped))
-            notice(f"note: {left:,} units of changed or removed files leave the index")
+    if planned.is_new and planned.plan.dropped:
+        left = len(unpack(planned.plan.dropped))
+        notice(f"note: {left:,} units of changed or removed files leave the index")
+    last = last_scan(planned.plans) if planned.is_new else planned.plan
+    if last is None:
         return
-    now = environment()
-    changes = [
-        f"{name} {old} -> {now.get(name)}"
-        for name, old in planned.plan.environment.items()
-        if now.get(name) != old
-    ]
+    before = {"corpuscope": last.code, **last.environment}
+    now = {"corpuscope": code_version(), **environment()}
+    changes = [f"{name} {old} -> {now.get(name)}" for name, old in before.items() if now.get(name) != old]
     if changes:
-        notice(f"note: run {planned.plan.run} began with other versions: {', '.join(changes)}")
+        notice(f"note: run {last.run} began with other versions: {', '.join(changes)}")

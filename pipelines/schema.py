@@ -8,6 +8,7 @@
     data/<kind>/<unit>.<group>-<attempt>.parquet
     failures/<unit>.<group>-<number>.<kind>.<token>.json    one failed attempt each
     annotations/<number>.json      which files hold facts of decoders and explanations
+    staged/<key>.json              what the driver put there for workers: files of the hub; a cache
     devices/<number>.json          the models of device that units are scanned on, each once
     schedules/<name>/<due>.<attempt>.began.json    which due times were served; .ended.json how
     runs/<run>/changes.json        features that the run's documents brought, moved and lost
@@ -41,7 +42,8 @@ INDEX = "index.json"
 VOCABULARY = "vocabulary.parquet"
 PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 SNAPSHOTS, MANIFESTS = "snapshots", "manifests"
-ANNOTATIONS, DEVICES, RUNS, SCHEDULES = "annotations", "devices", "runs", "schedules"
+ANNOTATIONS, DEVICES, RUNS = "annotations", "devices", "runs"
+SCHEDULES, STAGED = "schedules", "staged"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))
 _FEATURE = pa.field("feature", pa.int32())

@@ -4,7 +4,8 @@ Invariant: `put_if_absent` is atomic and crash-safe (a reader sees the whole obj
 answer is true for exactly one caller; no name reaches outside the folder that was opened. fsspec's own
 local `mode="create"` is exists-then-write, so local disk goes through a temporary sibling, fsync and
 `os.link`; a filesystem without a conditional write is refused rather than degraded to last-writer-wins.
-Faults of S3 are waited out below this door (`s3.py`); gcsfs and adlfs have retries of their own.
+Faults of S3 are waited out below this door (`s3.py`); gcsfs (some 30 s) and adlfs have retries of their own,
+without a brake, and what outlasts them is an infrastructure failure of the unit.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from sae_runtime.errors import InputError, one_line
 _CONDITIONAL = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 _LOST = {"PreconditionFailed", "412"}  # from servers that leave out which condition, as s3fs wants it
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_LIBRARIES = {"aiohttp", "azure", "botocore", "gcsfs", "google", "requests"}
 _ERRNO = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # of fsspec's info, best first
 _SIDE_BY_SIDE = 32  # requests for small objects
@@ -400,8 +402,8 @@ class Store:
     def _naming(self, name: str) -> Iterator[None]:
         """Make what a remote filesystem raises an OSError that names the object, as local disk does.
 
-        botocore's errors are none: no connection is a ConnectionError here, no credentials a
-        PermissionError.
+        Errors of the libraries below that are none become a ConnectionError here, or a PermissionError where
+        credentials are at fault; what they try again themselves has been tried by then.
         """
         try:
             yield
@@ -412,9 +414,9 @@ class Store:
                 error.filename = f"{self.uri.rstrip('/')}/{name}"
             raise
         except Exception as error:
-            if self.local or not type(error).__module__.startswith("botocore."):
+            if self.local or type(error).__module__.split(".")[0] not in _LIBRARIES:
                 raise
-            kind = PermissionError if "Credential" in type(error).__name__ else ConnectionError
+            kind = PermissionError if _refused(error) else ConnectionError
             raise kind(f"index {self.uri}: {one_line(error)}") from error
 
 
@@ -450,6 +452,16 @@ def _side_by_side(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         return []
     with ThreadPoolExecutor(min(_SIDE_BY_SIDE, len(items))) as pool:
         return list(pool.map(function, items))
+
+
+def _refused(error: Exception) -> bool:
+    """Whether an error of those libraries is of credentials: by its class, or the status of the answer."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    status = getattr(error, "status_code", None) or getattr(error, "code", None)  # azure-core's, gcsfs's
+    if "TransportError" in kinds:  # google-auth's own way of saying that there is no network
+        return False
+    named = kinds & {"ClientAuthenticationError", "GoogleAuthError"} or "Credential" in type(error).__name__
+    return bool(named) or str(status) in ("401", "403")
 
 
 def _protocol(fs: AbstractFileSystem) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines import logs
+from pipelines import logs, staging
 from pipelines.background import BackgroundWriter
 from pipelines.chunks import (
     Captured,
@@ -68,6 +68,7 @@ from pipelines.sae_unit import SaeUnit
 from pipelines.schema import LOCAL_MAX, key
 from pipelines.selfcheck import Measured
 from pipelines.spec import ScanSpec
+from pipelines.staged import Staged
 from pipelines.stages import Stopwatch
 from pipelines.storage import Store
 from pipelines.writer import UnitWriter, windows_column
@@ -75,7 +76,7 @@ from sae_runtime import suites
 from sae_runtime.device import device_model
 from sae_runtime.encode import Encoder
 from sae_runtime.errors import DataError
-from sae_runtime.model import LanguageModel, ModelSource, load_tokenizer, on_this_machine
+from sae_runtime.model import LanguageModel, ModelSource, load_tokenizer
 from sae_runtime.sae import SaeInfo
 from sae_runtime.sites import Site
 from sae_runtime.summaries import Chunk
@@ -121,6 +122,7 @@ class Setup:
     metadata: dict[str, str]
     index: str
     templates: tuple[str | None, ...] = ()  # each source's chat template; None for one of texts
+    staged: Staged | None = None  # what workers fetch from the index's store rather than from the hub
 
 
 class Scanner:
@@ -139,7 +141,7 @@ class Scanner:
         self.setup = setup
         self.progress = progress
         self.store = Store(setup.index)
-        self.source = on_this_machine(setup.source)
+        self.source = staging.here(setup.staged, setup.source, self.store)
         self.tokenizer = load_tokenizer(self.source)
         self.rule: ContextRule = context_rule(setup.spec.context, self.tokenizer)
         self.conversations = {

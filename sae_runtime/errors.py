@@ -68,8 +68,12 @@ def is_infrastructure(error: BaseException) -> bool:
     """
     if isinstance(error, (MemoryError, OSError)):
         return True
-    kinds = type(error).__mro__
-    if any(kind.__name__ in _DEVICE or kind.__module__.split(".")[0] in _REMOTE for kind in kinds):
+    if is_remote(error) or any(kind.__name__ in _DEVICE for kind in type(error).__mro__):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
+
+
+def is_remote(error: BaseException) -> bool:
+    """Whether it comes from a library that talks to a store or the network, whatever its class."""
+    return any(kind.__module__.split(".")[0] in _REMOTE for kind in type(error).__mro__)

@@ -90,13 +90,20 @@ def commit(place: Place) -> Place:
 
     with _told(place):
         try:
-            sha = HfApi().repo_info(place.repo, revision=place.revision).sha
+            info = HfApi().repo_info(place.repo, revision=place.revision)
         except OfflineModeIsEnabled:
-            ref = _cache_folder(place.repo) / "refs" / (place.revision or "main")
-            if not ref.is_file():
+            found = cached_commit(place)
+            if found is None:
                 raise
-            sha = ref.read_text().strip()
-        return replace(place, revision=sha)
+            return found
+        repo = place.repo if "/" in place.repo else info.id  # `gpt2` has an owner by now
+        return replace(place, repo=repo, revision=info.sha)
+
+
+def cached_commit(place: Place) -> Place | None:
+    """The place at the commit that its revision named when something of it was last fetched, if it was."""
+    ref = _cache_folder(place.repo) / "refs" / (place.revision or "main")
+    return replace(place, revision=ref.read_text().strip()) if ref.is_file() else None
 
 
 def pin(uri: str) -> str:

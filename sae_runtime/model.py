@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 
+from sae_runtime import hub
 from sae_runtime.cache import cache_dir
 from sae_runtime.errors import InputError, one_line
 from sae_runtime.families import WRAPPERS, Tap, decoder_layers, family, resolve
@@ -38,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine: where transformers loads it from and what identifies it."""
+    """A model: where transformers loads it from and what identifies it. Of the hub it is at one commit."""
 
     uri: str  # as the spec has it
     path: str  # hub id or directory
@@ -66,9 +69,50 @@ def locate(uri: str, revision: str | None = None) -> ModelSource:
         raise InputError(f"model.uri: {uri} is neither a model's directory nor a .gguf file")
     if uri.startswith(("/", ".", "~")) or uri.count("/") > 1:
         raise InputError(f"model.uri: no such directory: {uri}")
-    config = load_config(ModelSource(uri, uri, revision, ""))
-    commit = getattr(config, "_commit_hash", None) or revision or "unknown"
-    return ModelSource(uri, uri, revision, str(commit))
+    load_config(ModelSource(uri, uri, revision, ""))
+    place = hub.Place(uri, revision, "")
+    try:
+        place = hub.commit(place)
+    except hub.HubError as error:
+        found = hub.cached_commit(place)  # which is what transformers has just read
+        if found is None:
+            raise InputError(_of_model(error)) from error
+        place = found
+    # Whoever loads it later, and wherever, is to load this commit, whatever has been pushed by then.
+    return ModelSource(uri, place.repo, place.revision, str(place.revision))
+
+
+def hub_files(source: ModelSource) -> list[hub.Place]:
+    """Files of a model on the hub that loading it reads, its tokenizer's too; [] for one that is here.
+
+    Weights are those that transformers would choose. InputError where the hub does not say, or has none.
+    """
+    if Path(source.path).is_dir():
+        return []
+    root = hub.commit(hub.Place(source.path, source.revision, ""))
+    try:
+        names = [name for name in hub.files(root) if "/" not in name]
+        weights = _weights(root, names)
+    except InputError as error:
+        raise InputError(_of_model(error)) from error
+    small = [n for n in names if n.endswith((".json", ".model", ".txt", ".jinja")) and n not in weights]
+    return [replace(root, path=name) for name in sorted({*small, *weights})]
+
+
+def _of_model(error: InputError) -> str:
+    return str(error).replace("saes.uri: ", "model.uri: ", 1)
+
+
+def _weights(root: hub.Place, names: Sequence[str]) -> list[str]:
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if whole in names:
+            return [whole]
+        if (index := f"{whole}.index.json") in names:
+            with open(hub.download(replace(root, path=index)), encoding="utf-8") as stream:
+                shards = {str(name) for name in json.load(stream)["weight_map"].values()}
+            if shards <= set(names):
+                return sorted({index, *shards})
+    raise InputError(f"model.uri: {root.uri} has no weights (model.safetensors or pytorch_model.bin)")
 
 
 def load_config(source: ModelSource) -> Any:
@@ -365,9 +409,16 @@ def _converted(gguf: Path) -> Path:
         raise InputError(
             "model.uri: reading .gguf needs two more packages: pip install 'corpuscope[gguf]'"
         ) from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):  # a machine's workers want it at the same time
+        if not (target / "config.json").is_file():
+            _convert(gguf, target)
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".gguf-", dir=target.parent))
     try:
         folder, name = str(gguf.parent), gguf.name
@@ -382,13 +433,11 @@ def _converted(gguf: Path) -> Path:
         )
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(partial)
-        with contextlib.suppress(OSError):  # another process converted the same file meanwhile
-            os.rename(partial, target)
+        os.rename(partial, target)
     except Exception as error:  # its readers have errors of many kinds for a damaged file
         raise InputError(f"model.uri: cannot read {gguf}: {one_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
 def _check_weights(path: Path) -> None:

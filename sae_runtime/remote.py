@@ -2,7 +2,8 @@
 
 Invariant: a range read fetches what was asked for, rounded up to 2 kB, and nothing ahead of it. A local
 copy is whole or not there; it is found again by the file's URI and stamp (etag, size, time), so that a
-file that changed is fetched anew, and by whichever process comes first.
+file that changed is fetched anew, and by whichever process comes first (`cache.py`). A file of the hub that
+can be had elsewhere (`offer`) is never asked of the hub: its copy is known by its content, and checked.
 Trade-off: fsspec's own read caches fetch 5 MB for a header; with these the listing of a Gemma Scope
 archive of 300 MB takes six requests and 12 kB.
 """
@@ -12,19 +13,17 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
-from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
-from sae_runtime import hub
-from sae_runtime.cache import cache_dir
+from sae_runtime import cache, hub
 
 BLOCK = 2048  # bytes, the least that is fetched at once
 _STAMPS = (
@@ -35,6 +34,23 @@ _STAMPS = (
 
 class NoRanges(Exception):
     """The server gives whole files only."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Where a file of the hub can be had instead of there."""
+
+    size: int  # bytes
+    digest: str  # of its content
+    fetch: Callable[[Path], None]  # writes it; FileNotFoundError where it is gone, then the hub is asked
+
+
+_elsewhere: dict[str, Elsewhere] = {}  # by the pinned URI
+
+
+def offer(files: Mapping[str, Elsewhere]) -> None:
+    """From now on this process has these files of the hub, by pinned URI, from elsewhere."""
+    _elsewhere.update(files)
 
 
 class Ranged(io.RawIOBase):
@@ -85,9 +101,8 @@ class Ranged(io.RawIOBase):
 @contextmanager
 def opened(uri: str) -> Iterator[IO[bytes]]:
     """A file for a few small reads. Raises NoRanges where only the whole file can be had."""
-    path = here(uri)
-    if path is not None:
-        with open(path, "rb") as stream:
+    if not by_range(uri):
+        with held(uri) as path, open(path, "rb") as stream:
             yield stream
         return
     if hub.is_hub(uri):
@@ -121,32 +136,68 @@ def here(uri: str) -> str | None:
     return str(path) if isinstance(fs, LocalFileSystem) else None
 
 
-def has_copy(uri: str) -> bool:
-    """Whether `local` would give a path without a download."""
-    return here(uri) is not None or (not hub.is_hub(uri) and _target(uri).exists())
+def by_range(uri: str) -> bool:
+    """Whether a few bytes of a file are had more cheaply than by `held`: where that would be a download."""
+    if here(uri) is not None:
+        return False
+    return hub.pin(uri) not in _elsewhere if hub.is_hub(uri) else not cache.has(_key(uri, stamp(uri)))
 
 
-def local(uri: str) -> str:
-    """The path of a local file, or of a whole local copy of a remote one."""
-    if hub.is_hub(uri):
-        return hub.download(hub.parse(hub.pin(uri)))
-    fs, path = fsspec.core.url_to_fs(uri)
-    if isinstance(fs, LocalFileSystem):
-        return str(path)
-    target = _target(uri)
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / ".lock"):  # the other workers of a machine want the same file
-            if not target.exists():
-                _copy(fs, path, target)
-    return str(target)
+@contextmanager
+def held(uri: str) -> Iterator[str]:
+    """The path of a local file, or of a whole local copy of a remote one, which stays while this is entered.
+
+    InputError where there is no room for the copy.
+    """
+    with ExitStack() as stack:
+        if hub.is_hub(uri):
+            path = _of_hub(hub.parse(hub.pin(uri)), stack)
+        else:
+            fs, path = fsspec.core.url_to_fs(uri)
+            if not isinstance(fs, LocalFileSystem):
+                path = _of(uri, fs, path, stack)
+        yield str(path)
+
+
+def _of_hub(place: hub.Place, stack: ExitStack) -> str:
+    known = _elsewhere.get(place.uri)
+    if known is None or hub.cached(place) is not None:
+        return hub.download(place)
+    name = place.path.rsplit("/", 1)[-1]
+
+    def fill(folder: Path) -> None:
+        known.fetch(folder / name)
+
+    try:
+        return str(stack.enter_context(cache.held(known.digest, known.size, fill, place.uri)) / name)
+    except FileNotFoundError:  # `gc` took it: the commit says that the hub's bytes are the same
+        return hub.download(place)
+
+
+def _of(uri: str, fs: fsspec.AbstractFileSystem, path: str, stack: ExitStack) -> str:
+    fs.invalidate_cache(fs._parent(path))  # an object store's filesystem remembers its listings
+    info = fs.info(path)
+    name = uri.rsplit("/", 1)[-1].split("?")[0]
+
+    def fill(folder: Path) -> None:
+        fs.get_file(path, str(folder / name))
+        came = (folder / name).stat().st_size
+        if info.get("size") not in (None, came):
+            raise OSError(f"{came} bytes of {uri} came for {info['size']}")
+
+    key = _key(uri, _changes(info))
+    return str(stack.enter_context(cache.held(key, info.get("size") or 0, fill, uri)) / name)
 
 
 def read_bytes(uri: str, limit: int) -> bytes:
     """A whole small file, of a hub by its cache. Raises ValueError where it has more than `limit` bytes."""
-    fs, path = fsspec.core.url_to_fs(local(uri) if hub.is_hub(uri) else uri)
-    with fs.open(path, "rb", block_size=limit + 1) as stream:
-        data = bytes(stream.read(limit + 1))
+    if hub.is_hub(uri):
+        with held(uri) as local, open(local, "rb") as small:
+            data = small.read(limit + 1)
+    else:
+        fs, path = fsspec.core.url_to_fs(uri)
+        with fs.open(path, "rb", block_size=limit + 1) as stream:
+            data = bytes(stream.read(limit + 1))
     if len(data) > limit:
         raise ValueError(f"it has more than {limit:,} bytes")
     return data
@@ -160,26 +211,15 @@ def stamp(uri: str) -> str:
     if isinstance(fs, LocalFileSystem):
         status = os.stat(path)
         return f"{status.st_size} {status.st_mtime_ns}"
-    fs.invalidate_cache(fs._parent(path))  # an object store's filesystem remembers its listings
-    info: dict[str, Any] = fs.info(path)
+    fs.invalidate_cache(fs._parent(path))
+    return _changes(fs.info(path))
+
+
+def _changes(info: Mapping[str, Any]) -> str:
     found = [f"{key}={info[key]}" for key in ("size", *_STAMPS) if info.get(key) is not None]
     return " ".join(found) or str(time.time_ns())
 
 
-def _target(uri: str) -> Path:
-    """Where the copy of a file as it is now belongs."""
-    digest = hashlib.blake2b(f"{uri} {stamp(uri)}".encode(), digest_size=16).hexdigest()
-    return cache_dir() / "suites" / digest / uri.rsplit("/", 1)[-1].split("?")[0]
-
-
-def _copy(fs: fsspec.AbstractFileSystem, path: str, target: Path) -> None:
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".part-", delete=False) as part:
-        pass
-    try:
-        fs.get_file(path, part.name)
-        size = fs.info(path).get("size")
-        if size is not None and os.path.getsize(part.name) != size:
-            raise OSError(f"{os.path.getsize(part.name)} bytes came for {size}")
-        os.replace(part.name, target)
-    finally:
-        Path(part.name).unlink(missing_ok=True)
+def _key(uri: str, stamped: str) -> str:
+    """What a copy of a file is known by."""
+    return hashlib.blake2b(f"{uri} {stamped}".encode(), digest_size=16).hexdigest()

@@ -83,7 +83,12 @@ def read(uri: str, names: Iterable[str] | None = None) -> dict[str, torch.Tensor
 
 def read_pickle(uri: str) -> dict[str, Any]:
     """Everything in a .pt file: tensors (as stored), numbers, strings, containers."""
-    return _guarded(uri, lambda: _by_name(_whole(remote.local(uri))))
+
+    def whole() -> dict[str, Any]:
+        with remote.held(uri) as path:
+            return _by_name(_whole(path))
+
+    return _guarded(uri, whole)
 
 
 def _guarded(uri: str, reader: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -116,16 +121,16 @@ def _with_stream(uri: str, use: Callable[[IO[bytes]], Any]) -> Any:
         with remote.opened(uri) as stream:
             return use(stream)
     except remote.NoRanges:
-        with open(remote.local(uri), "rb") as stream:
+        with remote.held(uri) as path, open(path, "rb") as stream:
             return use(stream)
 
 
 def _read(uri: str, wanted: set[str] | None) -> dict[str, torch.Tensor]:
-    if wanted is not None and not remote.has_copy(uri):
+    if wanted is not None and remote.by_range(uri):
         found = _few(uri, wanted)
         if found is not None:
             return found
-    with open(remote.local(uri), "rb") as stream:
+    with remote.held(uri) as path, open(path, "rb") as stream:
         pieces = {
             name: piece for name, piece in _pieces(uri, stream).items() if wanted is None or name in wanted
         }

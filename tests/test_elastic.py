@@ -28,6 +28,7 @@ from pipelines.executors.crew import Crew
 from pipelines.executors.drive import Drive
 from pipelines.scheduler import Item, Policy, Scheduler
 from pipelines.storage import Store
+from pipelines.version import code_version
 from sae_runtime.device import device_model
 from sae_runtime.errors import CorpuscopeError, InputError
 
@@ -391,7 +392,7 @@ def test_mixed_devices_are_used_where_the_spec_allows_and_a_warning_says_so(stor
     ("more", "words"),
     [
         ({"torch": "1.0"}, f"it has torch 1.0, this driver {versions()['torch']}"),
-        ({"corpuscope": "code 0"}, "it has corpuscope code 0, this driver code "),
+        ({"corpuscope": "0.1.0 (0)"}, f"it has corpuscope 0.1.0 (0), this driver {code_version()};"),
         ({"torch": versions()["torch"].split("+")[0] + "+other"}, "+other, the first worker"),
         ({"transformers": "1.0"}, "it has transformers 1.0"),
     ],

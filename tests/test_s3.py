@@ -420,7 +420,7 @@ def test_a_suite_in_a_bucket_is_listed_by_range_and_copied_once(
     assert 0 < sum(ranges) < 14_000
     assert weights.read(info.uri, ["b_dec"])["b_dec"].tolist() == [1.0] * 64
     assert sum(ranges) < 28_000
-    copies = tmp_path / "cache" / "suites"
+    copies = tmp_path / "cache" / "copies"
     assert not copies.exists()
     for value, count in ((1.0, 1), (1.0, 1), (2.0, 2), (2.0, 2)):
         if value == 2.0 and len(list(copies.rglob("params.npz"))) == 1:

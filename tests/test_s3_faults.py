@@ -213,6 +213,57 @@ def test_a_throttle_holds_every_thread_back(store: Store, s3: FaultyS3) -> None:
     assert s3.faults <= 3 * threads
 
 
+def test_eight_threads_that_share_a_brake_ask_less_than_eight_that_do_not(
+    store: Store, s3: FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store takes eight requests in a fifth of a second and refuses the others, as S3 does."""
+
+    def work() -> tuple[int, int]:
+        """(requests refused, most of them in a second) until everybody is through."""
+        taken: list[float] = []
+        refused: list[float] = []
+        lock = threading.Lock()
+
+        def plan(request: Request) -> Fault | None:
+            with lock:
+                now = time.monotonic()
+                if sum(now - 0.2 < at for at in taken) < 8:
+                    taken.append(now)
+                    return None
+                refused.append(now)
+                return SLOW_DOWN
+
+        s3.plan = plan
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(lambda _: store.read("proof"), range(48))) == {b"1"}
+        s3.plan = lambda request: None
+        return len(refused), max(sum(at <= other < at + 1 for other in refused) for at in refused)
+
+    store.fs.connect()
+    shared = work()
+    monkeypatch.setattr("pipelines.retries.Brakes.of", lambda self, part: Brake())
+    alone = work()
+    assert 2 * shared[0] < alone[0]
+    assert 2 * shared[1] < alone[1]
+
+
+def test_a_prefix_that_is_throttled_holds_no_other_up(store: Store, s3: FaultyS3) -> None:
+    """Reads of one top folder wait, those of another in the same bucket go on at once."""
+    other = Store(f"s3://{BUCKET}/other-{random.getrandbits(64):x}")
+    other.write("proof", b"2")
+    busy, stop = store.root.removeprefix(f"{BUCKET}/"), time.monotonic() + 1.5
+    s3.plan = lambda request: SLOW_DOWN if request.key.startswith(busy) and time.monotonic() < stop else None
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(store.read, "proof") for _ in range(8)]
+        while not s3.faults:
+            time.sleep(0.005)
+        for _ in range(5):
+            assert other.read("proof") == b"2"
+        assert time.monotonic() < stop
+        assert not any(each.done() for each in waiting)
+        assert {each.result() for each in waiting} == {b"1"}
+
+
 def test_the_brake_lengthens_and_ignores_old_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("pipelines.retries.time.monotonic", lambda: clock[0])
