@@ -86,7 +86,8 @@ class Cluster:
         from pipelines.ledger import Ledger
         from pipelines.storage import Store
 
-        self.workers, self.poison = workers, poison
+        self.workers = self.held = workers
+        self.poison = poison
         self.ledger = Ledger(Store(index))
         self.now = 0.0
         self.work = 0.0  # seconds of the attempts that committed first, stragglers as if they were none
@@ -302,7 +303,7 @@ class _Counted:
 class Stopping:
     """An executor that is stopped when it takes its first item."""
 
-    workers = 1
+    workers = held = 1
 
     def __init__(self) -> None:
         self.began = 0.0

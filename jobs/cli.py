@@ -7,6 +7,7 @@ imports happen inside the commands, so that `--help` and reading commands start 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -26,7 +27,6 @@ from jobs.endings import explain
 from jobs.export import export
 from jobs.jobs import jobs
 from jobs.output import (
-    ago,
     console,
     count,
     format_option,
@@ -85,21 +85,47 @@ def cli() -> None:
     "they come and go with its machines.",
 )
 @click.option("--allow-removal", is_flag=True, help="Go on when more than a tenth of the documents are gone.")
+@click.option(
+    "--log",
+    metavar="FILE",
+    envvar="CORPUSCOPE_LOG",
+    show_envvar=True,
+    help="Append what happens as JSON lines; `-` is stdout.",
+)
+@click.option(
+    "--price-per-hour",
+    "price",
+    metavar="PRICE",
+    type=click.FloatRange(min=0),
+    envvar="CORPUSCOPE_PRICE_PER_HOUR",
+    show_envvar=True,
+    help="Of a worker and its share of a machine: the run's summary then has a cost.",
+)
 def scan(
-    spec: str, index: str | None, executor: str, address: str | None, workers: int | None, allow_removal: bool
+    spec: str,
+    index: str | None,
+    executor: str,
+    address: str | None,
+    workers: int | None,
+    allow_removal: bool,
+    log: str | None,
+    price: float | None,
 ) -> None:
     """Run, or resume, the scan of SPEC. A finished scan again is a no-op."""
     from jobs.progress import ScanProgress
     from jobs.specfile import load_spec
+    from pipelines import logs
     from pipelines.executors.base import Event
     from pipelines.scan import ScanOptions, Started, run_scan
 
     if executor == "inline" and (address or (workers or 1) > 1):
         raise InputError("--executor inline: runs in this process alone; drop --address and --workers")
+    if price is not None and not math.isfinite(price):
+        raise InputError(f"--price-per-hour {price}: a number is wanted")
     stopped = _stop_on_signals()
     loaded, text = load_spec(spec, index)
-    options = ScanOptions(executor, address, workers, allow_removal)
-    with ScanProgress() as progress:
+    options = ScanOptions(executor, address, workers, allow_removal, price)
+    with logs.to(log), ScanProgress() as progress:
 
         def observe(event: Started | Event) -> None:
             # An interrupt that a library's callback swallowed is raised again at the next event.
@@ -107,7 +133,11 @@ def scan(
                 raise KeyboardInterrupt
             progress(event)
 
-        outcome = run_scan(loaded, text, options, observe, message)
+        def notice(text: str) -> None:
+            message(text)
+            logs.tell("notice", logs.WARNING, text=text)
+
+        outcome = run_scan(loaded, text, options, observe, notice)
     if not outcome.items:
         message(f"nothing to scan: every unit of the corpus is committed (run {outcome.run}, {loaded.index})")
         _end(outcome.quarantined, loaded.index)
@@ -212,28 +242,15 @@ def plan(
 @format_option
 def status(index: str, format_: str) -> None:
     """What is committed, failed, quarantined and running in INDEX."""
+    from jobs.statusview import status_facts
     from pipelines.status import status as read_status
-    from pipelines.words import human
 
     every = [read_status(uri) for uri in uris(index)]
     if format_ != "table":
         print_rows(map(asdict, every), format_, list(asdict(every[0])))
         return
     for found in every:
-        facts = {
-            "index": found.index,
-            "state": f"{found.state} ({found.scan})" if found.scan else found.state,
-            "runs": f"{found.runs:,}",
-            "SAEs": f"{found.saes:,}",
-            "units": f"{found.committed:,} of {found.units:,} committed, {found.running:,} running, "
-            f"{found.pending - found.running:,} waiting, {found.failed:,} failed",
-            "documents": f"{found.documents:,} indexed, {found.quarantined:,} quarantined",
-            "tokens": f"{found.tokens:,} counted",
-            "size": human(found.bytes),
-            "devices" if len(found.devices) > 1 else "device": ", ".join(found.devices) or "none on record",
-            "last commit": "none yet" if found.last_commit is None else f"{ago(found.last_commit)} ago",
-        }
-        print_facts([*facts.items(), *(("failed", error) for error in found.errors)])
+        print_facts(status_facts(found))
 
 
 @cli.command()

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import annotation_records, due
+from pipelines import annotation_records, due, summary
 from pipelines.annotation_records import Annotated
 from pipelines.audit_registry import audited_plans, may_be_partial
 from pipelines.audit_rows import CHECKS, Piece, RowChecks, Rule
@@ -126,6 +126,7 @@ def audit(store: Store, told: Told = lambda words: None, quick: bool = False) ->
     _runs(state, index, runs, facts)
     _check_nodes(state, index, snapshot, nodes)
     _annotations(state, index)
+    _summaries(state, plans)
     _records(state)
     _look_again(state)
     live = {unit.ordinal for unit in live_units(plans)}
@@ -686,6 +687,20 @@ def _look_again(state: _State) -> None:
             needed = owner.ordinal not in retired and not (owner.ordinal in covered and kind in REPLACED)
         if needed:
             state.findings.broken(path, "files are there", f"is missing; {owner.name} names it")
+
+
+def _summaries(state: _State, plans: Sequence[Plan]) -> None:
+    """Check what attempts at runs say of themselves: no row depends on it."""
+    runs = {plan.run for plan in plans if plan.kind == "scan"}
+    for name in summary.paths(state.store):
+        try:
+            found = summary.read_one(state.store, name)
+        except (DataError, FileNotFoundError) as error:
+            state.findings.broken(name, "summaries of runs", _why(error))
+            continue
+        state.findings.files += 1
+        known = found.run in runs or found.run > max((plan.run for plan in plans), default=0)
+        state.findings.expect(known, name, "summaries of runs", f"there is no run {found.run}")
 
 
 # --- small things

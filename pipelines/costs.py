@@ -28,6 +28,7 @@ from pipelines.measured import Measured
 from pipelines.planning import Prepared, sae_bytes
 from pipelines.tables import SaeShape
 from pipelines.unit import BATCH_TOKENS, CHUNK_TOKENS, HOST_THREADS, SEGMENT_ROWS, device_name
+from sae_runtime.device import device_model
 from sae_runtime.errors import InputError
 from sae_runtime.model import ModelSource, model_size, text_config
 from sae_runtime.sites import Site
@@ -343,6 +344,8 @@ def _comparable(prepared: Prepared, device: Device, constants: Measured) -> bool
     """Whether the seconds of a measured run say something of this scan's."""
     model = prepared.spec.model
     same = constants.model == (prepared.source.fingerprint, model.dtype, model.attention)
+    if not device.is_gpu:
+        return same and constants.device == device_model("cpu")
     return same and device.name.lower() in constants.device.lower().replace("-", " ").split()
 
 

@@ -10,6 +10,7 @@ Five kinds, each with its own proof that it is dead:
 - records of due times of schedules that are not among the newest ones, which nothing asks for, at once;
 - work that nothing names, and the temporaries of writers that were killed: after UNFINISHED seconds, far
   beyond the age at which an attempt refuses to commit.
+Leases, failures and what is said of runs stay: they are the index's history, a few kB a run.
 Ages are told by the store's own clock, for both ends. Invariant: killed at any point it leaves an index that
 reads the same, and the next gc goes on.
 """

@@ -268,7 +268,7 @@ def plan_units(
         run=len(plans) + 1,
         started=time.time(),
         spec=spec_text,
-        code=_code_version(),
+        code=code_version(),
         device=device_name(prepared.device),
         environment=environment(),
         files=tuple(layout.records),
@@ -411,7 +411,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def _code_version() -> str:
+def code_version() -> str:
     try:
         return importlib.metadata.version("corpuscope")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed

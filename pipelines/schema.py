@@ -12,6 +12,7 @@
     schedules/<name>/<due>.<attempt>.began.json    which due times were served; .ended.json how
     runs/<run>/changes.json        features that the run's documents brought, moved and lost
     leases/<term>.json             who may scan; heartbeat.json says that they live
+    runs/<run>/summary-<term>.json what an attempt at a run did and cost
 
 Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit; `token` in activation
 rows is context * context length + position. Dense ordinals keep the position column small (design
@@ -40,9 +41,7 @@ INDEX = "index.json"
 VOCABULARY = "vocabulary.parquet"
 PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 SNAPSHOTS, MANIFESTS = "snapshots", "manifests"
-ANNOTATIONS, DEVICES = "annotations", "devices"
-RUNS = "runs"
-SCHEDULES = "schedules"
+ANNOTATIONS, DEVICES, RUNS, SCHEDULES = "annotations", "devices", "runs", "schedules"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))
 _FEATURE = pa.field("feature", pa.int32())

@@ -31,6 +31,7 @@ from pipelines.measured import measured
 from pipelines.schema import DATA
 from pipelines.storage import Store
 from pipelines.tables import SaeShape, Units, rows
+from sae_runtime.device import device_model
 from sae_runtime.errors import InputError
 
 Write = Callable[..., Path]
@@ -300,7 +301,7 @@ def test_constants_are_the_last_runs_and_of_bounded_reading(pilot: Path, monkeyp
     index = str(pilot.parent / "index")
     found = measured(Store(index))
     assert found is not None
-    assert (found.run, found.device, found.units) == (1, "cpu", 8)
+    assert (found.run, found.device, found.units) == (1, device_model("cpu"), 8)
     number, _ = written(Path(index))
     tokens = sum(commit.tokens for commit in commits_of(Path(index)))
     assert sum(found.l0.values()) * tokens == pytest.approx(number["activations"], rel=0.05)

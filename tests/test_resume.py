@@ -386,14 +386,14 @@ def busy(*given):
     sort()
 
 class Stops:
-    workers = 1
+    workers, planned, elastic = 1, 1, False
     def run(self, *given):
         raise Interrupted("stopped")
     def close(self):
         pass
     merge = None
 
-upkeep.catch_up, scan.InlineExecutor = busy, lambda setup: Stops()
+upkeep.catch_up, scan.InlineExecutor = busy, lambda *given: Stops()
 sys.argv[1:] = ["scan", sys.argv[1], "--executor", "inline"]
 cli.main()
 """
