@@ -35,6 +35,7 @@ class Machine:
     node: str  # Ray's id
     cpus: float
     gpus: float
+    memory: float = 0.0  # bytes that Ray has for its workers
 
     def room(self, need: Need) -> int:
         """How many workers it can hold."""
@@ -45,6 +46,12 @@ class Machine:
 def room(machines: Iterable[Machine], need: Need, refused: Collection[str] = ()) -> int:
     """How many workers machines can hold, without the refused ones."""
     return sum(machine.room(need) for machine in machines if machine.node not in refused)
+
+
+def share(machines: Iterable[Machine], need: Need) -> int | None:
+    """Bytes of memory of a worker on the machine where it has least; None where there is room nowhere."""
+    shares = [machine.memory / held for machine in machines if (held := machine.room(need))]
+    return int(min(shares)) if shares else None
 
 
 def wanted(useful: int, most: int | None, room: int, refused: int, failing: bool) -> int:

@@ -21,6 +21,7 @@ import torch
 from pipelines.account import Account
 from pipelines.admission import Admission, check_here
 from pipelines.contents import Contents, Registered, resolve
+from pipelines.elastic import share
 from pipelines.estimate import check_size, estimate
 from pipelines.executors.base import Attempted, Committed, Event, Executor, Failed
 from pipelines.executors.inline import InlineExecutor
@@ -35,8 +36,10 @@ from pipelines.planning import (
     Prepared,
     check_identity,
     environment,
+    groups_within,
     identity,
     local_device,
+    memory_budget,
     plan_groups,
     plan_units,
     prepare,
@@ -117,7 +120,7 @@ def run_scan(
             for line in prepared.warnings:
                 notice(line)
             planned, metadata = plan_units(prepared, ledger, spec_text, options.allow_removal)
-            groups = have["groups"] if have else plan_groups(prepared, options.workers)
+            groups = have["groups"] if have else session.groups(prepared)
             want = identity(prepared, metadata, groups)
             if have is not None:
                 check_identity(spec.index, have, want)
@@ -332,6 +335,20 @@ class _Session:
             from pipelines.executors.ray import connect
 
             self.started = connect(self.options.address)
+
+    def groups(self, prepared: Prepared) -> list[list[str]]:
+        """SAEs that are scanned together, as many as fit a worker of this machine or of the cluster's.
+
+        The cluster's machines tell their memory but not their GPUs', and may not be there yet: no group takes
+        more than half of what the driver's machine has either.
+        """
+        if self.options.address is None:
+            return plan_groups(prepared, self.options.workers)
+        from pipelines.executors.ray import machines, worker_need
+
+        budget = memory_budget(1, prepared.device)
+        have = share(machines(), worker_need(prepared.device, self.spec.model.threads))
+        return groups_within(prepared, budget if have is None else min(budget, have // 2))
 
     def _device(self) -> str:
         device = self.spec.model.device

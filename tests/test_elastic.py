@@ -22,7 +22,7 @@ from test_resume import commits
 
 from pipelines import devices, elastic
 from pipelines.admission import Admission, introduce, versions
-from pipelines.elastic import AHEAD, Machine, Need, Starts, room, wanted
+from pipelines.elastic import AHEAD, Machine, Need, Starts, room, share, wanted
 from pipelines.executors.base import Attempted, Committed
 from pipelines.executors.crew import Crew
 from pipelines.executors.drive import Drive
@@ -35,6 +35,15 @@ from sae_runtime.errors import CorpuscopeError, InputError
 ONE = Need(1, 0)
 
 # --- arithmetic
+
+
+def test_memory_is_shared_by_as_many_as_have_room() -> None:
+    """Not by all workers of the cluster; what holds none, the head for one, says nothing."""
+    head, small, large = Machine("h", 0, 0, 8e9), Machine("s", 16, 1, 100e9), Machine("l", 16, 4, 240e9)
+    assert share([head], Need(2, 1)) is None
+    assert share([head, small, large], Need(2, 1)) == 60e9
+    assert share([head, small], Need(2, 1)) == 100e9
+    assert share([head, small, large], Need(4, 0)) == 25e9
 
 
 def test_room_is_counted_machine_by_machine() -> None:

@@ -102,7 +102,8 @@ def machines() -> list[Machine]:
     import ray
 
     have = ((node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"])
-    return [Machine(node, found.get("CPU", 0.0), found.get("GPU", 0.0)) for node, found in have]
+    names = ("CPU", "GPU", "memory")
+    return [Machine(node, *(found.get(name, 0.0) for name in names)) for node, found in have]
 
 
 def worker_need(device: str, threads: int) -> Need:
