@@ -333,7 +333,7 @@ def scan(folder: Path, index: str, executor: Any) -> Any:
     from sae_runtime.errors import Interrupted
 
     planning.UNIT_BYTES = {"cpu": 1}  # each row a unit
-    scans.InlineExecutor = lambda setup: executor  # type: ignore[misc,assignment]
+    scans.InlineExecutor = lambda *given: executor  # type: ignore[misc,assignment]
     spec, text = load_spec(str(folder / "spec.yaml"), index)
     told: list[str] = []
     options = scans.ScanOptions(executor="inline")

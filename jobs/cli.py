@@ -7,6 +7,7 @@ imports happen inside the commands, so that `--help` and reading commands start 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -20,11 +21,12 @@ import click
 from click.core import ParameterSource
 
 from jobs.annotate import annotate
+from jobs.changes import changes
 from jobs.diff import diff
+from jobs.endings import explain
 from jobs.export import export
 from jobs.jobs import jobs
 from jobs.output import (
-    ago,
     console,
     count,
     format_option,
@@ -38,14 +40,13 @@ from jobs.output import (
     uris,
 )
 from jobs.recipes import recipe, recipes
+from jobs.schedule import schedule
 from jobs.submit import submit
-from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, Interrupted, one_line
+from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, one_line
 
 SHORT_COLUMNS = ("feature", "n_tokens", "n_documents", "density", "mean_active", "max", "example")
 _TIDY_SECONDS = 10.0
 _UPKEEP = "upkeep"  # the thread of pipelines/upkeep.py, which is slow to import
-# Errors of a disk or a filesystem that mean a wrong path, not a failure.
-_WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def _workers(_: click.Context, __: click.Parameter, value: str) -> int | None:
@@ -84,21 +85,47 @@ def cli() -> None:
     "they come and go with its machines.",
 )
 @click.option("--allow-removal", is_flag=True, help="Go on when more than a tenth of the documents are gone.")
+@click.option(
+    "--log",
+    metavar="FILE",
+    envvar="CORPUSCOPE_LOG",
+    show_envvar=True,
+    help="Append what happens as JSON lines; `-` is stdout.",
+)
+@click.option(
+    "--price-per-hour",
+    "price",
+    metavar="PRICE",
+    type=click.FloatRange(min=0),
+    envvar="CORPUSCOPE_PRICE_PER_HOUR",
+    show_envvar=True,
+    help="Of a worker and its share of a machine: the run's summary then has a cost.",
+)
 def scan(
-    spec: str, index: str | None, executor: str, address: str | None, workers: int | None, allow_removal: bool
+    spec: str,
+    index: str | None,
+    executor: str,
+    address: str | None,
+    workers: int | None,
+    allow_removal: bool,
+    log: str | None,
+    price: float | None,
 ) -> None:
     """Run, or resume, the scan of SPEC. A finished scan again is a no-op."""
     from jobs.progress import ScanProgress
     from jobs.specfile import load_spec
+    from pipelines import logs
     from pipelines.executors.base import Event
     from pipelines.scan import ScanOptions, Started, run_scan
 
     if executor == "inline" and (address or (workers or 1) > 1):
         raise InputError("--executor inline: runs in this process alone; drop --address and --workers")
+    if price is not None and not math.isfinite(price):
+        raise InputError(f"--price-per-hour {price}: a number is wanted")
     stopped = _stop_on_signals()
     loaded, text = load_spec(spec, index)
-    options = ScanOptions(executor, address, workers, allow_removal)
-    with ScanProgress() as progress:
+    options = ScanOptions(executor, address, workers, allow_removal, price)
+    with logs.to(log), ScanProgress() as progress:
 
         def observe(event: Started | Event) -> None:
             # An interrupt that a library's callback swallowed is raised again at the next event.
@@ -106,7 +133,11 @@ def scan(
                 raise KeyboardInterrupt
             progress(event)
 
-        outcome = run_scan(loaded, text, options, observe, message)
+        def notice(text: str) -> None:
+            message(text)
+            logs.tell("notice", logs.WARNING, text=text)
+
+        outcome = run_scan(loaded, text, options, observe, notice)
     if not outcome.items:
         message(f"nothing to scan: every unit of the corpus is committed (run {outcome.run}, {loaded.index})")
         _end(outcome.quarantined, loaded.index)
@@ -211,28 +242,15 @@ def plan(
 @format_option
 def status(index: str, format_: str) -> None:
     """What is committed, failed, quarantined and running in INDEX."""
+    from jobs.statusview import status_facts
     from pipelines.status import status as read_status
-    from pipelines.words import human
 
     every = [read_status(uri) for uri in uris(index)]
     if format_ != "table":
         print_rows(map(asdict, every), format_, list(asdict(every[0])))
         return
     for found in every:
-        facts = {
-            "index": found.index,
-            "state": f"{found.state} ({found.scan})" if found.scan else found.state,
-            "runs": f"{found.runs:,}",
-            "SAEs": f"{found.saes:,}",
-            "units": f"{found.committed:,} of {found.units:,} committed, {found.running:,} running, "
-            f"{found.pending - found.running:,} waiting, {found.failed:,} failed",
-            "documents": f"{found.documents:,} indexed, {found.quarantined:,} quarantined",
-            "tokens": f"{found.tokens:,} counted",
-            "size": human(found.bytes),
-            "devices" if len(found.devices) > 1 else "device": ", ".join(found.devices) or "none on record",
-            "last commit": "none yet" if found.last_commit is None else f"{ago(found.last_commit)} ago",
-        }
-        print_facts([*facts.items(), *(("failed", error) for error in found.errors)])
+        print_facts(status_facts(found))
 
 
 @cli.command()
@@ -484,6 +502,8 @@ cli.add_command(recipes)
 cli.add_command(recipe)
 cli.add_command(diff)
 cli.add_command(export)
+cli.add_command(changes)
+cli.add_command(schedule)
 cli.add_command(submit)
 cli.add_command(jobs)
 
@@ -534,23 +554,8 @@ def main() -> None:
     """Entry point of the `corpuscope` command."""
     try:
         code = cli.main(prog_name="corpuscope", standalone_mode=False)
-    except CorpuscopeError as error:
-        message(f"error: {error}")
-        code = error.exit_code
-    except click.UsageError as error:
-        hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        message(f"error: {error.format_message()}{hint}")
-        code = InputError.exit_code
-    except click.ClickException as error:
-        message(f"error: {error.format_message()}")
-        code = InputError.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        message("stopped; run the same command again to go on")
-        code = Interrupted.exit_code
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        message(f"error: {where}{error.strerror or one_line(error)}")
-        code = InputError.exit_code if isinstance(error, _WRONG_PATH) else CorpuscopeError.exit_code
+    except (CorpuscopeError, click.ClickException, click.Abort, KeyboardInterrupt, OSError) as error:
+        code = explain(error)
     code = code if isinstance(code, int) else 0
     if any(thread.name == _UPKEEP for thread in threading.enumerate()):
         # Compaction of a scan that was stopped goes on until the very end; Python's own end would cut it off

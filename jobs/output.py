@@ -23,6 +23,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from pipelines.words import placed as placed
 from sae_runtime.errors import InputError
 from sae_runtime.terminal import escaped, plain
 
@@ -92,17 +93,21 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def placed(path: str, error: str) -> str:
-    """An error with the file it is about, named once."""
-    return error if error.startswith(path) else f"{path}: {error}"
-
-
 def ago(seconds: float) -> str:
     """`5 s`, `12 min`, `3.5 h`, `2 days`."""
     for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds / 86_400:.0f} days"
+
+
+def clock(seconds: float | None) -> str:
+    """`3:07`, `1:02:45`; `?` where nobody knows."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def print_rows(rows: Iterable[dict[str, Any]], format_: str, columns: Sequence[str]) -> None:

@@ -12,10 +12,11 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from jobs.output import count, message, placed
-from pipelines.executors.base import Committed, Event, Failed
-from pipelines.executors.base import Progress as InFlight
+from jobs.output import clock, count, message, placed
+from pipelines.counts import Counts
+from pipelines.executors.base import Event, Failed
 from pipelines.scan import Started
+from pipelines.words import left
 from sae_runtime.terminal import plain
 
 _LINE_EVERY = 10.0  # seconds
@@ -28,9 +29,7 @@ class ScanProgress:
         self.console = Console(stderr=True, highlight=False)
         self.started: Started | None = None
         self.began = self.last_line = time.monotonic()
-        self.done = self.failed = 0
-        self.documents = self.tokens = self.bytes = 0
-        self.flying: dict[tuple[str, int], InFlight] = {}
+        self.counts = Counts(0, 0)
         self.bar: Progress | None = None
         if self.console.is_terminal:
             self.bar = Progress(
@@ -56,26 +55,16 @@ class ScanProgress:
         if isinstance(event, Started):
             self._start(event)
             return
-        key = event.work.unit.unit, event.work.group
-        if isinstance(event, InFlight):
-            self.flying[key] = event
-        else:
-            self.flying.pop(key, None)
-        if isinstance(event, Committed):
-            self.done += 1
-            self.bytes += event.work.unit.bytes
-            if event.work.group == 0:
-                self.documents += event.commit.documents
-            self.tokens += event.commit.tokens
-        elif isinstance(event, Failed):
-            self.failed += 1
+        self.counts.take(event)
+        if isinstance(event, Failed):
             unit = event.work.unit
             rows = f"rows {unit.start:,} to {unit.stop:,} are not scanned"
             self._say(f"failed: {placed(unit.path, event.error)} ({rows})")
-        self._show(ended=self.started is not None and self.done + self.failed == self.started.items)
+        self._show()
 
     def _start(self, event: Started) -> None:
         self.started = event
+        self.counts = Counts(event.items, event.bytes)
         self.began = time.monotonic()
         done = f", {event.items_done:,} already committed" if event.items_done else ""
         more = " now, as many as the cluster gets" if event.elastic else ""
@@ -89,40 +78,24 @@ class ScanProgress:
         else:
             message("loading the model and the SAEs")
 
-    def _show(self, ended: bool) -> None:
+    def _show(self) -> None:
         words, share = self._words()
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=share, words=words)
-        elif ended or time.monotonic() - self.last_line >= _LINE_EVERY:
+        elif self.counts.ended or time.monotonic() - self.last_line >= _LINE_EVERY:
             self.last_line = time.monotonic()
             message(f"{share:4.0%}  {words}")
 
     def _words(self) -> tuple[str, float]:
         assert self.started is not None
-        documents = self.documents + sum(e.documents for e in self.flying.values() if e.work.group == 0)
-        tokens = self.tokens + sum(e.tokens for e in self.flying.values())
-        elapsed = time.monotonic() - self.began
-        share = self._share(tokens)
-        left = elapsed * (1 - share) / share if share > 0 else None
-        failed = f", {self.failed} failed" if self.failed else ""
+        counts, elapsed = self.counts, time.monotonic() - self.began
+        failed = f", {counts.failed} failed" if counts.failed else ""
         return (
-            f"{documents:,}/{self.started.documents:,} documents  "
-            f"{tokens / max(elapsed, 1e-9):,.0f} tokens/s  "
-            f"units {self.done:,}/{self.started.items:,}{failed}  {_clock(left)} left",
-            share,
+            f"{counts.documents:,}/{self.started.documents:,} documents  "
+            f"{counts.tokens / max(elapsed, 1e-9):,.0f} tokens/s  "
+            f"units {counts.done:,}/{counts.items:,}{failed}  {clock(left(elapsed, counts.share))} left",
+            counts.share,
         )
-
-    def _share(self, tokens: int) -> float:
-        """Share of the text that is done: units that ended, and of those in flight by their tokens."""
-        assert self.started is not None
-        if self.done + self.failed == self.started.items:
-            return 1.0
-        total = max(1, self.started.bytes)
-        if not self.tokens:
-            flying = sum(e.tokens * 4 for e in self.flying.values())
-        else:
-            flying = int(sum(e.tokens for e in self.flying.values()) * self.bytes / self.tokens)
-        return min(0.999, (self.bytes + flying) / total)
 
     def _say(self, text: str) -> None:
         if self.bar is not None:
@@ -157,11 +130,3 @@ class Steps:
             self.last_line = time.monotonic()
             message(f"step {self.done + 1:,}: {words}")
         self.done += 1
-
-
-def _clock(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

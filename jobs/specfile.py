@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pipelines.spec import (
     SaeEntry,
     Sample,
     ScanSpec,
+    Schedule,
 )
 from sae_runtime import yamls
 from sae_runtime.errors import InputError, one_line
@@ -35,6 +37,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "context": ContextSettings,
     "keep": Sample,
     "exclude": Exclusion,
+    "schedule": Schedule,
 }
 
 
@@ -76,6 +79,9 @@ def load_spec(path: str, index: str | None = None) -> tuple[ScanSpec, str]:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or one_line(error)
+        line = "".join(text.splitlines()[mark.line : mark.line + 1]) if mark else ""
+        if re.match(r"\s*(schedule|cron)\s*:\s*\*", line):
+            problem = "a cron line that begins with * must stand in quotes"
         raise InputError(f"{path}{where}: not a spec in YAML: {problem}") from error
     if data is None:
         raise InputError(f"{path}: the spec is empty; it needs the keys corpus, model, saes and index")

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import annotation_records
+from pipelines import annotation_records, due, summary
 from pipelines.annotation_records import Annotated
 from pipelines.audit_registry import audited_plans, may_be_partial
 from pipelines.audit_rows import CHECKS, Piece, RowChecks, Rule
@@ -30,7 +30,7 @@ from pipelines.contents import contents, facts_of
 from pipelines.findings import Findings
 from pipelines.ledger import Commit, DataFileRecord, Ledger, commit_name
 from pipelines.ordinals import unpack
-from pipelines.registry import Plan, Unit, live_units
+from pipelines.registry import Plan, Unit, live_units, objects
 from pipelines.schema import (
     COMMITS,
     DATA,
@@ -40,6 +40,8 @@ from pipelines.schema import (
     PLANS,
     REPLACED,
     ROWS,
+    RUNS,
+    SCHEDULES,
     SCHEMAS,
     SUMMARIES,
     UNIT_FACTS,
@@ -126,6 +128,8 @@ def audit(store: Store, told: Told = lambda words: None, quick: bool = False) ->
     _check_nodes(state, index, snapshot, nodes)
     _annotations(state, index)
     _staged(state)
+    _summaries(state, plans)
+    _records(state)
     _look_again(state)
     live = {unit.ordinal for unit in live_units(plans)}
     findings.units = len(live)
@@ -461,6 +465,31 @@ def _check_nodes(state: _State, index: _Index, snapshot: Snapshot, nodes: Sequen
                 _files(state, index, _Owner(node.name), piece, kind, records)
 
 
+# --- what is told of schedules and runs
+
+
+def _records(state: _State) -> None:
+    """Check that records of due times and of what runs changed can be read; data do not depend on them."""
+    state.told("schedules and runs")
+    store, findings = state.store, state.findings
+    for attempt in due.attempts(store):
+        findings.files += 1
+        try:
+            due.read(store, *attempt)
+            why = ""
+        except DataError as error:
+            why = _why(error) if attempt in due.attempts(store) else ""  # else a gc has removed it
+        findings.expect(not why, f"{SCHEDULES}/{attempt[0]}", "schedules are readable", why)
+    for item in (f"{RUNS}/{name}.json" for name in names(store, RUNS, ".json") if name.endswith("/changes")):
+        findings.files += 1
+        try:
+            [record] = objects(store, [item])
+            why = "" if f"{RUNS}/{record.get('run'):06d}/changes.json" == item else "is of another run"
+        except _DAMAGE as error:
+            why = _why(error)
+        findings.expect(not why, item, "changes are readable", why)
+
+
 # --- annotations
 
 
@@ -673,6 +702,20 @@ def _look_again(state: _State) -> None:
             needed = owner.ordinal not in retired and not (owner.ordinal in covered and kind in REPLACED)
         if needed:
             state.findings.broken(path, "files are there", f"is missing; {owner.name} names it")
+
+
+def _summaries(state: _State, plans: Sequence[Plan]) -> None:
+    """Check what attempts at runs say of themselves: no row depends on it."""
+    runs = {plan.run for plan in plans if plan.kind == "scan"}
+    for name in summary.paths(state.store):
+        try:
+            found = summary.read_one(state.store, name)
+        except (DataError, FileNotFoundError) as error:
+            state.findings.broken(name, "summaries of runs", _why(error))
+            continue
+        state.findings.files += 1
+        known = found.run in runs or found.run > max((plan.run for plan in plans), default=0)
+        state.findings.expect(known, name, "summaries of runs", f"there is no run {found.run}")
 
 
 # --- small things

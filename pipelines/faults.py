@@ -29,6 +29,7 @@ Point = Literal[
     "data-closed",  # one is whole, others may not be
     "before-commit",  # all data are written
     "after-commit",  # nobody has been told
+    "before-summary",  # everything is done but the run's summary; the lease is held
     # The storage door, on local disk
     "temporary-written",  # of an object that is to be there whole or not at all
     "put-linked",  # put-if-absent has made the object, its caller has not been told

@@ -1,6 +1,6 @@
 """Garbage: what no commit, snapshot or plan names, removed once nobody can come to need it.
 
-Five kinds, each with its own proof that it is dead:
+Six kinds, each with its own proof that it is dead:
 - files of an attempt whose (unit, group) another attempt has committed: at once, as no commit is replaced;
 - files that a snapshot replaced, and those of units that the corpus dropped: READERS seconds after that, so
   that whoever resolved the index before can finish. A dropped unit is first *retired* in the registry
@@ -9,8 +9,10 @@ Five kinds, each with its own proof that it is dead:
 - annotations that others replaced, likewise;
 - what was staged for workers, UNFINISHED seconds after it was put there, while no scan runs: one that begins
   at that moment has its weights from the hub;
+- records of due times of schedules that are not among the newest ones, which nothing asks for, at once;
 - work that nothing names, and the temporaries of writers that were killed: after UNFINISHED seconds, far
   beyond the age at which an attempt refuses to commit.
+Leases, failures and what is said of runs stay: they are the index's history, a few kB a run.
 Ages are told by the store's own clock, for both ends. Invariant: killed at any point it leaves an index that
 reads the same, and the next gc goes on.
 """
@@ -25,13 +27,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipelines import annotation_records, lease, staged
+from pipelines import annotation_records, due, lease, staged
 from pipelines.contents import Contents, contents
 from pipelines.faults import crash
 from pipelines.ledger import Ledger
 from pipelines.ordinals import pack, unpack
 from pipelines.registry import Plan, objects
-from pipelines.schema import ANNOTATIONS, DATA, FACTS, MANIFESTS, PLANS, REPLACED, SNAPSHOTS, STAGED
+from pipelines.schema import (
+    ANNOTATIONS,
+    DATA,
+    FACTS,
+    MANIFESTS,
+    PLANS,
+    REPLACED,
+    SCHEDULES,
+    SNAPSHOTS,
+    STAGED,
+)
 from pipelines.snapshots import Node, Run, read_nodes, read_runs, snapshot_name
 from pipelines.storage import Entry, Store
 
@@ -177,6 +189,9 @@ def _garbage(
     for entry in _listed(store, STAGED):
         if idle or not (entry.name.endswith(".json") or entry.name in objects_named):
             yield entry, now - entry.modified >= unfinished
+    served = {entry.name: entry for entry in _listed(store, SCHEDULES)}
+    for name in due.outdated(list(served)):
+        yield served[name], True
     for entry in store.details("", hidden=True):
         if _TEMPORARY.fullmatch(entry.name):
             yield entry, now - entry.modified >= unfinished

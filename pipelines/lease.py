@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +55,21 @@ class Holder:
 
 
 @dataclass(frozen=True)
+class Done:
+    """How far a scan is since it began, units in flight included."""
+
+    seconds: float  # since its workers were asked for
+    units: int  # of one SAE group each, to do
+    committed: int
+    given_up: int
+    documents: int
+    tokens: int  # counted, for each SAE group again
+    share: float  # of the text that was to do
+    failures: Mapping[str, int]  # failed attempts at units by kind
+    error: str  # the newest of them, one line
+
+
+@dataclass(frozen=True)
 class Beat:
     """The holder's newest sign of life."""
 
@@ -64,6 +79,12 @@ class Beat:
     workers: int
     ended: bool  # the lease was given back
     units: Mapping[str, int]  # in flight, with counted tokens done
+    done: Done | None = None  # None before the first unit
+
+    @property
+    def age(self) -> float:
+        """Seconds since it by this machine's clock; another one's may differ."""
+        return abs(time.time() - self.time)
 
 
 class Lease:
@@ -76,6 +97,7 @@ class Lease:
         self._mine: Holder | None = None
         self._workers = 0
         self._units: dict[str, int] = {}
+        self._done: Done | None = None
         self._lock = threading.Lock()
         self._stop, self._lost = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._live, name="lease", daemon=True)
@@ -120,7 +142,7 @@ class Lease:
         if self._seen is not None and now != self._beat and not _given_back(self._seen, now):
             raise _busy(self._store, newest(self._store) or self._seen)
         term = 1 + (self._seen.term if self._seen else 0)
-        mine = replace(_self(), term=term, run=run)
+        mine = replace(this_process(), term=term, run=run)
         if not self._store.put_if_absent(_name(term), dump(asdict(mine))):
             raise _busy(self._store, newest(self._store) or mine)
         crash("lease-taken")
@@ -129,10 +151,17 @@ class Lease:
         self._sign()
         self._thread.start()
 
-    def note(self, units: Mapping[str, int], workers: int) -> None:
-        """What is in flight: the next beat says so."""
+    def note(self, units: Mapping[str, int], workers: int, done: Done | None = None) -> None:
+        """What is in flight and done: the next beat says so."""
         with self._lock:
-            self._units, self._workers = dict(units), workers
+            self._units, self._workers, self._done = dict(units), workers, done
+
+    @property
+    def term(self) -> int:
+        """The term that this scan took; ValueError before that."""
+        if self._mine is None:
+            raise ValueError("no lease is held")
+        return self._mine.term
 
     @property
     def lost(self) -> bool:
@@ -163,8 +192,8 @@ class Lease:
             self._lost.set()
             return
         with self._lock:
-            units = {} if ended else self._units
-        self._beat = Beat(self._mine.term, self._beat.counter + 1, time.time(), self._workers, ended, units)
+            units, workers, done = {} if ended else self._units, self._workers, self._done
+        self._beat = Beat(self._mine.term, self._beat.counter + 1, time.time(), workers, ended, units, done)
         self._store.write(HEARTBEAT, dump(asdict(self._beat)))
         crash("heartbeat")
 
@@ -180,10 +209,19 @@ class Lease:
 
 def newest(store: Store) -> Holder | None:
     """Who took the highest term."""
-    terms = [int(name) for name in names(store, LEASES, ".json") if name.isdecimal()]
-    if not terms:
-        return None
-    return _parsed(store, _name(max(terms)), store.read(_name(max(terms))), lambda found: Holder(**found))
+    taken = terms(store)
+    return holders(store, taken[-1:])[0] if taken else None
+
+
+def terms(store: Store) -> list[int]:
+    """Every term that was taken, ascending."""
+    return sorted(int(name) for name in names(store, LEASES, ".json") if name.isdecimal())
+
+
+def holders(store: Store, taken: Sequence[int]) -> list[Holder]:
+    """Who took some terms."""
+    found = zip(taken, store.read_many([_name(term) for term in taken]), strict=True)
+    return [_parsed(store, _name(term), data, lambda found: Holder(**found)) for term, data in found]
 
 
 def beat(store: Store) -> Beat | None:
@@ -192,29 +230,43 @@ def beat(store: Store) -> Beat | None:
         data = store.read(HEARTBEAT)
     except FileNotFoundError:
         return None
-    return _parsed(store, HEARTBEAT, data, lambda found: Beat(**found))
+    return _parsed(store, HEARTBEAT, data, _beat)
+
+
+def _beat(found: dict[str, Any]) -> Beat:
+    done = found.get("done")
+    return Beat(**{**found, "done": None if done is None else Done(**done)})
 
 
 def running(store: Store) -> tuple[Holder, Beat] | None:
     """The scan that seems to be at work, without waiting: a hint, as another machine's clock is asked."""
+    found = unended(store)
+    if found is None:
+        return None
+    alive = lives_here(found[0])
+    if alive is None:
+        alive = found[1].age < _RECENT
+    return found if alive else None
+
+
+def unended(store: Store) -> tuple[Holder, Beat] | None:
+    """The scan that has not given its lease back, whether it lives or not."""
     holder, sign = newest(store), beat(store)
     if holder is None or sign is None or sign.term != holder.term or sign.ended:
         return None
-    alive = lives_here(holder)
-    if alive is None:
-        alive = abs(time.time() - sign.time) < _RECENT
-    return (holder, sign) if alive else None
+    return holder, sign
 
 
 def lives_here(holder: Holder) -> bool | None:
     """Whether the process lives, if it is one of this boot and pid namespace; None if it is not."""
-    here = _self()
+    here = this_process()
     if not here.boot or (here.boot, here.namespace) != (holder.boot, holder.namespace):
         return None
     return _born(holder.process) == holder.born
 
 
-def _self() -> Holder:
+def this_process() -> Holder:
+    """This process, of no term and no run."""
     return Holder(
         term=0,
         run=0,

@@ -5,11 +5,14 @@ Invariant: an SAE touches its own state alone, so SAEs of a chunk are taken side
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from pipelines.chunks import Captured, Sample
 from pipelines.partials import SampledDocuments
 from pipelines.schema import key
+from pipelines.stages import Stage
 from pipelines.writer import UnitWriter, sae_column
 from sae_runtime.bfloat import SUM_BITS, fixed_to_float, to_float
 from sae_runtime.encode import Encoder, Sparse, columns, of_tokens
@@ -25,6 +28,7 @@ class SaeUnit:
         self.summary = Summary.empty(info.id, info.width, top_k, sample_k)
         self.error = 0.0  # sum of squared errors over the sampled tokens
         self.held = 0  # rows
+        self.spent: dict[Stage, float] = {}  # seconds of the thread that took the last chunk
         self._blocks: list[tuple[Sparse, np.ndarray]] = []  # of chunks, with the keys of their tokens
         self._documents: list[DocumentRows] = []
 
@@ -37,10 +41,12 @@ class SaeUnit:
         sampled: SampledDocuments,
     ) -> None:
         """Take in a chunk. `keys` int64 [counted tokens] of the index; no `sample` if nothing is decoded."""
+        began = time.perf_counter()
         sparse = x.in_chunk(self.encoder.encode(x.x))
         if sample is not None:
             rows = of_tokens(sparse, sample.slots(len(keys)))
             self.error += self.encoder.squared_error(sample.x, rows, sample.target)
+        encoded = time.perf_counter()
         ended = self.summary.update(sparse, chunk)
         if self.info.keep != "none":
             self._documents.append(ended)
@@ -49,6 +55,7 @@ class SaeUnit:
         if kept is not None:
             self._blocks.append((kept, keys))
             self.held += kept.rows
+        self.spent = {"encode": encoded - began, "summarise": time.perf_counter() - encoded}
 
     def release(self) -> Rows:
         """What is held, for writing; nothing is held afterwards."""

@@ -18,10 +18,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from pipelines.account import Account
 from pipelines.admission import Admission, check_here
 from pipelines.contents import Contents, Registered, resolve
 from pipelines.estimate import check_size, estimate
-from pipelines.executors.base import Attempted, Committed, Event, Executor, Failed, Progress
+from pipelines.executors.base import Attempted, Committed, Event, Executor, Failed
 from pipelines.executors.inline import InlineExecutor
 from pipelines.failures import Failures
 from pipelines.faults import crash
@@ -63,6 +64,7 @@ class ScanOptions:
     address: str | None = None
     workers: int | None = None  # at most; None: as the cluster, or this machine, has room for
     allow_removal: bool = False
+    price: float | None = None  # of a worker that is held for an hour, for the run's summary
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Outcome:
 
 
 Observer = Callable[[Started | Event], None]
+Meter = Callable[[Event, Account], None]
+_NOTE_SECONDS = 0.5  # between notes for the heartbeat, which cost as much as there are units in flight
 Notice = Callable[[str], None]
 
 
@@ -142,14 +146,35 @@ def run_scan(
             crash("before-lease")
             lease.take(planned.plan.run)
             _register(store, ledger, want, planned, prepared)
-            _name_changes(planned, notice)
-            if not todo.items:
-                return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
-            plans = (*planned.plans, planned.plan) if planned.is_new else planned.plans
-            registered = Registered(want, plans, tuple(in_corpus_order(plans)))
-            return session.execute(
-                prepared, planned, registered, metadata, todo, observe, ledger, lease, notice, tally
+            account = Account(
+                store,
+                planned.plan.run,
+                lease.term,
+                code_version(),
+                options.executor,
+                session.device,
+                options.price,
+                notice,
             )
+            with account:
+                _name_changes(planned, notice)
+                if not todo.items:
+                    return Outcome(planned.plan.run, 0, 0, 0, 0.0, (), tally.quarantined)
+                plans = (*planned.plans, planned.plan) if planned.is_new else planned.plans
+                registered = Registered(want, plans, tuple(in_corpus_order(plans)))
+                return session.execute(
+                    prepared,
+                    planned,
+                    registered,
+                    metadata,
+                    todo,
+                    observe,
+                    ledger,
+                    lease,
+                    notice,
+                    tally,
+                    account,
+                )
 
 
 class _Session:
@@ -184,6 +209,7 @@ class _Session:
         lease: Lease,
         notice: Notice,
         tally: Tally,
+        account: Account,
     ) -> Outcome:
         """Run what is to be done."""
         groups: list[list[str]] = registered.identity["groups"]
@@ -225,27 +251,31 @@ class _Session:
             )
         )
         began = time.monotonic()
-        done = [0, 0]  # documents, counted tokens
+        account.begin(todo.items, round(size))
+        account.hold(executor.workers)
+        meter = self._meter(ledger.store.uri, planned.plan.run)
         failed: list[Failed] = []
         failures = Failures(ledger.store)
         given_up: list[Attempted] = []
-        flying: dict[str, int] = {}
         checked: set[int] = set()  # SAE groups whose first unit has been looked at
         causes = True  # the likely ones are told once
+
+        noted = 0.0
+
+        def note(last: bool = False) -> None:
+            nonlocal noted
+            if last or time.monotonic() >= noted + _NOTE_SECONDS:
+                noted = time.monotonic()
+                lease.note(account.flying, executor.workers, account.done)
 
         def watch(event: Event) -> None:
             nonlocal causes
             lease.check()
             work = event.work
-            if isinstance(event, Progress):
-                flying[work.unit.unit] = event.tokens
-            else:
-                flying.pop(work.unit.unit, None)
-            lease.note(flying, executor.workers)
+            account.take(event, executor.workers)
+            note()
+            meter(event, account)
             if isinstance(event, Committed) and event.own:
-                if not work.group:
-                    done[0] += event.commit.documents
-                    done[1] += event.commit.tokens
                 if work.group not in checked and event.commit.tokens >= MIN_TOKENS:
                     checked.add(work.group)
                     told = complaints(setup.groups[work.group], event.measured)
@@ -279,13 +309,18 @@ class _Session:
                 close_accounts()
             raise
         finally:
+            account.hold(executor.workers)
+            account.merged_bytes = upkeep.bytes
+            note(last=True)
             executor.close()
         close_accounts()
+        account.close(len(failed), tally.quarantined)
+        done = account.summary
         return Outcome(
             planned.plan.run,
             todo.items,
-            done[0],
-            done[1],
+            done.documents,
+            done.tokens,
             time.monotonic() - began,
             tuple(failed),
             tally.quarantined,
@@ -312,6 +347,14 @@ class _Session:
 
             return cluster_device()
         return local_device()
+
+    def _meter(self, index: str, run: int) -> Meter:
+        """What is told of every event to whoever watches the cluster."""
+        if self.options.executor == "inline":
+            return lambda event, account: None
+        from pipelines.executors.metrics import driver_meter
+
+        return driver_meter(index, run)
 
     def _executor(self, setup: Setup, items: int, admission: Admission, notice: Notice) -> Executor:
         if self.options.executor == "inline":

@@ -10,7 +10,10 @@
     annotations/<number>.json      which files hold facts of decoders and explanations
     staged/<key>.json              what the driver put there for workers: files of the hub; a cache
     devices/<number>.json          the models of device that units are scanned on, each once
+    schedules/<name>/<due>.<attempt>.began.json    which due times were served; .ended.json how
+    runs/<run>/changes.json        features that the run's documents brought, moved and lost
     leases/<term>.json             who may scan; heartbeat.json says that they live
+    runs/<run>/summary-<term>.json what an attempt at a run did and cost
 
 Keys: `document` and `context` are (unit ordinal << 20) | number inside the unit; `token` in activation
 rows is context * context length + position. Dense ordinals keep the position column small (design
@@ -40,6 +43,7 @@ VOCABULARY = "vocabulary.parquet"
 PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 SNAPSHOTS, MANIFESTS = "snapshots", "manifests"
 ANNOTATIONS, DEVICES, STAGED = "annotations", "devices", "staged"
+RUNS, SCHEDULES = "runs", "schedules"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))
 _FEATURE = pa.field("feature", pa.int32())

@@ -7,6 +7,7 @@ Unknown keys and wrong types are errors that name the key (`jobs/specfile.py` wo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipelines.schedules import check_cron, check_zone
 from sae_runtime.sites import KINDS
 
 
@@ -58,6 +60,15 @@ def _bytes(value: Any) -> Any:
         return int(float(number) * UNITS[unit])
     except (ValueError, KeyError):
         raise ValueError("a size such as 500MB or 1TB is wanted") from None
+
+
+def _cron_line(value: Any) -> Any:
+    """A bare cron line, which is in UTC, as the mapping that it stands for."""
+    if isinstance(value, str):
+        return {"cron": check_cron(value)}
+    if value is None or isinstance(value, (Mapping, Schedule)):
+        return value
+    raise ValueError('a cron line such as "0 3 * * *", or a mapping with the keys cron, timezone, is wanted')
 
 
 class CorpusSource(_Frozen):
@@ -185,6 +196,13 @@ class ContextSettings(_Frozen):
         return next((limit for limit in limits if limit is not None), None)
 
 
+class Schedule(_Frozen):
+    """When `corpuscope schedule run` is to scan: a cron line of five fields, by the clocks of a zone."""
+
+    cron: Annotated[Text, AfterValidator(check_cron)]
+    timezone: Annotated[Text, AfterValidator(check_zone)] = "UTC"  # a name of the IANA's
+
+
 class ScanSpec(_Frozen):
     """A whole spec file."""
 
@@ -196,7 +214,7 @@ class ScanSpec(_Frozen):
     sample_k: Count = 10
     max_index_bytes: Annotated[Count, BeforeValidator(_bytes)] = 10**12
     index: Text
-    schedule: Text | None = None
+    schedule: Annotated[Schedule | None, BeforeValidator(_cron_line)] = None
 
     @model_validator(mode="after")
     def _one_spelling(self) -> ScanSpec:

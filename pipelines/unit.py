@@ -16,7 +16,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines import staging
+from pipelines import logs, staging
 from pipelines.background import BackgroundWriter
 from pipelines.chunks import (
     Captured,
@@ -69,6 +69,7 @@ from pipelines.schema import LOCAL_MAX, key
 from pipelines.selfcheck import Measured
 from pipelines.spec import ScanSpec
 from pipelines.staged import Staged
+from pipelines.stages import Stopwatch
 from pipelines.storage import Store
 from pipelines.writer import UnitWriter, windows_column
 from sae_runtime import suites
@@ -106,6 +107,7 @@ class Scanned:
 
     commit: Commit
     own: bool
+    stages: Mapping[str, float]  # seconds of this attempt by stage (pipelines/stages.py)
     measured: tuple[Measured, ...] = ()
 
 
@@ -146,6 +148,7 @@ class Scanner:
             text: Conversations(self.tokenizer, text) for text in setup.templates if text is not None
         }
         self.group = -1
+        self.watch = Stopwatch()  # of the unit in hand
 
     def scan(self, work: Work) -> Scanned:
         """Scan, write and commit; the commit that stands may be another attempt's.
@@ -155,7 +158,10 @@ class Scanner:
         raised as it is, as is TimeoutError for an attempt that took longer than MAX_AGE.
         """
         crash("before-unit")
+        self.watch = Stopwatch()
+        logs.tell("unit_started", **logs.of(work))
         self.load(work.group)
+        self.watch.lap("load")
         started, began = time.time(), time.monotonic()
         poison: dict[int, str] = {}
         while (done := self._attempt(work, poison)) is None:
@@ -187,10 +193,12 @@ class Scanner:
         ledger = Ledger(self.store)
         created = ledger.commit(commit)
         crash("after-commit")
+        self.watch.lap("commit")
+        _log(work, commit, created, self.watch.seconds)
         if created:
-            return Scanned(commit, True, scan.measured())
+            return Scanned(commit, True, self.watch.seconds, scan.measured())
         [other] = ledger.read_commits([(commit.ordinal, commit.group)])
-        return Scanned(other, own=False)
+        return Scanned(other, False, self.watch.seconds)
 
     def _attempt(
         self, work: Work, poison: dict[int, str]
@@ -202,7 +210,10 @@ class Scanner:
         scan = _UnitScan(self, work, writer, poison)
         try:
             if scan.run():
-                return attempt, scan, writer.close()
+                self.watch.lap("read")
+                records = writer.close()
+                self.watch.lap("write")
+                return attempt, scan, records
         except BaseException:
             writer.abandon()
             raise
@@ -384,26 +395,34 @@ class _UnitScan:
 
     def _chunk(self, part: list[Placed], before: int, after: int, batch_tokens: int, last: bool) -> None:
         chunk = chunk_tables(part, before, after, self.work.unit)
+        watch = self.s.watch
+        watch.lap("read")
         x, samples = self._capture(part, chunk, batch_tokens)
+        watch.lap("model")
         if len(self.poison) > self.known:
             return  # only in search of others
         ordinal = self.work.unit.ordinal
         keys = (chunk.context.astype(np.int64) + key(ordinal)) * self.s.rule.length + chunk.position
 
         def take(sae: SaeUnit) -> SaeUnit:
+            began = time.perf_counter()
             self.writer.room()
+            waited = time.perf_counter() - began
             sample = samples.get((sae.info.site, sae.info.out))
             sae.take(x[sae.info.site], chunk, keys, sample, self.sampled)
+            sae.spent["write"] = waited
             return sae
 
         # Rows of a full segment, and all of them at the end, are written while the other SAEs go on.
         full = SEGMENT_ROWS // len(self.saes)
         self.writer.flushed()
+        watch.lap("write")
         for sae in self.s.threads.map(take, self.saes):
             if last or sae.held >= full:
                 self.writer.submit_rows(partial(sae.release().write, ordinal=ordinal))
             if last:
                 self._submit_summary(sae)
+        watch.divide(sae.spent for sae in self.saes)
         self.encoded += len(chunk.context)
         self._write_contexts(part, chunk)
         self.tokens += sum(len(p.context.tokens) for p in part)
@@ -509,6 +528,23 @@ class _UnitScan:
                 **moments.columns(sae.error),
             },
         )
+
+
+def _log(work: Work, commit: Commit, own: bool, stages: Mapping[str, float]) -> None:
+    logs.tell(
+        "unit_scanned",
+        **logs.of(work),
+        attempt=commit.attempt,
+        own=own,
+        device=commit.device,
+        documents=commit.documents,
+        quarantined=commit.quarantined,
+        tokens=commit.tokens,
+        seconds=round(sum(stages.values()), 3),
+        stages={stage: round(seconds, 3) for stage, seconds in stages.items()},
+        rows={kind: file.rows for kind, file in commit.files.items()},
+        bytes=sum(file.bytes for file in commit.files.values()),
+    )
 
 
 def device_name(device: str) -> str:

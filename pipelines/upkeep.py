@@ -41,6 +41,7 @@ class Upkeep:
         self._closed: SimpleQueue[Closed | None] = SimpleQueue()
         self._replaced: deque[tuple[float, tuple[str, ...]]] = deque()  # and when they may go
         self._dropped = threading.Event()
+        self.bytes = 0  # written by now
         # A daemon: a scan that is stopped does not wait for it, and it may be killed at any point.
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
 
@@ -76,6 +77,7 @@ class Upkeep:
 
     def _note(self, done: Done) -> None:
         now = time.monotonic()
+        self.bytes += done.bytes
         self._replaced.append((now + READERS, done.replaced))
         while self._replaced and self._replaced[0][0] <= now:
             self._store.remove(self._replaced.popleft()[1])

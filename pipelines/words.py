@@ -1,4 +1,4 @@
-"""Numbers in words, for messages and tables; imports nothing, so that reading commands start fast."""
+"""Numbers and places in words, for messages and tables; imports nothing: reading commands start fast."""
 
 from __future__ import annotations
 
@@ -10,3 +10,13 @@ def human(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError
+
+
+def left(seconds: float, share: float) -> float | None:
+    """Seconds that the rest takes, when so many took a share; None where nothing is done yet."""
+    return seconds * (1 - share) / share if share > 0 else None
+
+
+def placed(path: str, error: str) -> str:
+    """An error with the file it is about, named once."""
+    return error if error.startswith(path) else f"{path}: {error}"

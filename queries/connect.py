@@ -42,6 +42,7 @@ from pipelines.schema import (
     sample_seed,
 )
 from pipelines.storage import Store
+from pipelines.summary import RunSummary, read_all
 from queries.files import SCHEME, IndexFiles, url
 from queries.pruning import remember
 from queries.relations import literal, name, parquet, table, text, texts, without
@@ -105,6 +106,13 @@ _RUN_COLUMNS = {
     "documents": "BIGINT",
     "tokens": "BIGINT",
     "tokens_per_second": "DOUBLE",
+    # Of its attempts' summaries; NULL where none has left one.
+    "seconds": "DOUBLE",
+    "workers": "INTEGER",
+    "worker_hours": "DOUBLE",
+    "retries": "BIGINT",
+    "failures": "BIGINT",
+    "cost": "DOUBLE",
     "index": "VARCHAR",  # of several the one that it made
 }
 
@@ -377,6 +385,7 @@ def _sae_row(sae: dict[str, Any], identity: dict[str, Any]) -> list[Any]:
 def _run_rows(found: Contents) -> list[list[Any]]:
     prints = [sae["fingerprint"] for sae in found.identity["saes"]]
     live, shown = set(found.live.tolist()), set(found.shown.tolist())
+    summaries = read_all(found.store)
     rows = []
     for plan in found.plans:
         if plan.kind != "scan":
@@ -397,10 +406,24 @@ def _run_rows(found: Contents) -> list[list[Any]]:
             "documents": pc.sum(done["documents"], min_count=0).as_py(),
             "tokens": tokens,
             "tokens_per_second": tokens / busy if busy else None,
+            **_told(summaries.get(plan.run)),
             "index": found.store.uri,
         }
         rows.append([values[column] for column in _RUN_COLUMNS])
     return rows
+
+
+def _told(run: RunSummary | None) -> dict[str, Any]:
+    if run is None:
+        return dict.fromkeys(("seconds", "workers", "worker_hours", "retries", "failures", "cost"))
+    return {
+        "seconds": run.seconds,
+        "workers": run.workers,
+        "worker_hours": run.worker_hours,
+        "retries": run.retries,
+        "failures": sum(run.failures.values()),
+        "cost": run.cost,
+    }
 
 
 def _time(seconds: float) -> str:

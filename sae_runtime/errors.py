@@ -12,6 +12,8 @@ _REMOTE = {"aiobotocore", "aiohttp", "asyncio", "azure", "botocore", "fsspec", "
 _DEVICE = {"OutOfMemoryError", "AcceleratorError", "OutOfResources"}  # classes of torch and triton
 _SIGNS = ("out of memory", "can't allocate memory", "cuda error", "hip error", "cublas", "cudnn", "cusolver",
           "nccl", "device-side assert", "cuda driver")  # fmt: skip
+# Errors of a disk or a filesystem that mean a wrong path, not a failure.
+_WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 QUARANTINED = 3  # exit code: done, and some documents could not be scanned
 
 
@@ -35,6 +37,15 @@ class Interrupted(CorpuscopeError):
     """The work is not finished here; running the same command again goes on with it."""
 
     exit_code = 75
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command ends with that was ended by an error, or by a signal (KeyboardInterrupt)."""
+    if isinstance(error, CorpuscopeError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted.exit_code
+    return InputError.exit_code if isinstance(error, _WRONG_PATH) else CorpuscopeError.exit_code
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -103,6 +103,7 @@ def _run(lines: Sequence[Sequence[str]], env: dict[str, str], fan: int, log: Pat
     for line in lines:
         if line[0] == FREE:
             Lease.look = Lease.take = Lease.check = lambda self, *_: None  # type: ignore[method-assign]
+            Lease.term = os.getpid()  # type: ignore[assignment,method-assign]
             line = line[1:]
         sys.argv = ["corpuscope", *line]
         try:

@@ -172,10 +172,11 @@ def test_two_drivers_without_a_lease_both_finish(
     """The lease saves work; commits alone keep the index right."""
     spec, index = write_spec(tmp_path), tmp_path / "index"
     code = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         "from pipelines.lease import Lease\n"
         "from pipelines.executors import inline\n"
         "Lease.look = Lease.take = Lease.check = lambda self, *_: None\n"
+        "Lease.term = os.getpid()\n"
         "init = inline.InlineExecutor.__init__\n"
         "def late(self, *a):\n"
         "    init(self, *a); print('ready', flush=True); sys.stdin.readline()\n"

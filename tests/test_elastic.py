@@ -230,7 +230,7 @@ class World:
         if actor.judged != actor.life:
             raise RayError("it was started anew while it was idle")
         self.used[actor.node] += 1
-        return SimpleNamespace(commit=actor.node, own=True, measured=())
+        return SimpleNamespace(commit=actor.node, own=True, measured=(), stages={})
 
     def do_progress(self, actor: Actor) -> tuple[int, int]:
         return 0, 0

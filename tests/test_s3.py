@@ -231,6 +231,8 @@ def test_status_is_that_of_local_disk(s3_index: str, local_index: Path) -> None:
     assert found["state"] == "complete"
     for each in (found, wanted):
         each.pop("index", None), each.pop("last_commit"), each.pop("bytes")
+        ran = each.pop("last_run")  # by two scans, of two paces
+        each["last_run"] = {name: ran[name] for name in ("run", "committed", "documents", "tokens", "rows")}
     assert found == wanted
 
 

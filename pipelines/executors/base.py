@@ -7,7 +7,7 @@ Invariant: executors decide nothing about retries themselves, `pipelines.schedul
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from pipelines.compaction import Task
@@ -37,6 +37,7 @@ class Committed:
     commit: Commit
     own: bool = True
     measured: tuple[Measured, ...] = ()
+    stages: Mapping[str, float] = field(default_factory=dict)  # seconds of the attempt by stage
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Executor(Protocol):
 
     @property
     def workers(self) -> int:
-        """How many there are now."""
+        """How many there are now and are paid for, at work or not."""
 
     def run(
         self, items: Iterable[Work], observe: Observer, tried: Mapping[Hashable, Tried] | None = None

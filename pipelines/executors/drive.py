@@ -101,7 +101,7 @@ class Drive:
         for other in others:
             self._dropped.add(other.number)
             self._crew.actor(other.worker).cancel.remote(other.number)
-        self._observe(Committed(work, result.commit, result.own, result.measured))
+        self._observe(Committed(work, result.commit, result.own, result.measured, result.stages))
 
     def _failed(self, attempt: Attempt[Work, int], reason: Reason, lost: bool) -> None:
         host = self._crew.host(attempt.worker)

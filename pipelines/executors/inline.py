@@ -90,7 +90,7 @@ class InlineExecutor:
             )
         else:
             scheduler.committed(attempt.number, time.monotonic())
-            observe(Committed(work, scanned.commit, scanned.own, scanned.measured))
+            observe(Committed(work, scanned.commit, scanned.own, scanned.measured, scanned.stages))
             return
         host = socket.gethostname()
         if reason.kind == "memory":  # this process is not to be trusted any more

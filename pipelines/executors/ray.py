@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 
+from pipelines import logs
 from pipelines.admission import introduce
 from pipelines.compaction import Task, perform
 from pipelines.elastic import Machine, Need, room
 from pipelines.executors.base import Observer, Reason, queue
 from pipelines.executors.crew import Crew, Gate
 from pipelines.executors.drive import Drive
+from pipelines.executors.metrics import Meters, count_scanned
 from pipelines.failures import kind_of
 from pipelines.ledger import DataFileRecord
 from pipelines.scheduler import Policy, Scheduler, Tried
@@ -118,6 +120,8 @@ class ScanWorker:
         self.done = (0, 0)
         self.number = 0  # of the attempt in hand
         self.unwanted = 0
+        self.meters = Meters("worker", setup.index)
+        logs.to_stderr()
 
     def ready(self) -> dict[str, str]:
         """What it tells of itself before it is given work: `introduce`, and the `node` that it is on."""
@@ -137,7 +141,9 @@ class ScanWorker:
         try:
             if self.scanner is None:
                 self.scanner = Scanner(self.setup, self._add)
-            return self.scanner.scan(work)
+            scanned = self.scanner.scan(work)
+            count_scanned(self.meters, scanned)
+            return scanned
         except _Cancelled:
             return None
         except InputError as error:
