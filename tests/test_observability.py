@@ -226,7 +226,6 @@ def test_verify_reads_summaries(few_index: Path, tmp_path: Path) -> None:
     store = Store(str(index))
     assert not audit(store, quick=True).faults
     one = index / "runs/000001/summary-000001.json"
-    (index / "runs/000001/changes.json").write_text("not ours to read")
     (index / "runs/000001/summary-000007.json").write_text(one.read_text().replace('"run": 1', '"run": 2'))
     (index / "runs/000001/summary-000008.json").write_text("{}")
     found = {fault.file: fault.detail for fault in audit(store, quick=True).faults}
@@ -338,7 +337,7 @@ def beating(store: Store, age: float, process: int | None = None, done: Done | N
     """A scan of this process, or of one that is gone, that gave its last sign some seconds ago."""
     before = lease.newest(store)
     assert before is not None
-    holder = replace(lease._self(), term=before.term + 1, run=1)
+    holder = replace(lease.this_process(), term=before.term + 1, run=1)
     if process is not None:
         holder = replace(holder, process=process, born="0")
     store.write(f"leases/{holder.term:06d}.json", dump(asdict(holder)))
