@@ -85,11 +85,11 @@ def words(found: Changes) -> list[str]:
 def leave(store: Store, run: int) -> list[str]:
     """Write what a run changed beside its summary, unless that is there; what is to be told of it."""
     from pipelines.registry import dump
-    from pipelines.schema import RUNS
+    from pipelines.summary import folder
     from queries import changes as changed
     from queries.connect import connect
 
-    name = f"{RUNS}/{run:06d}/changes.json"
+    name = f"{folder(run)}/changes.json"
     if store.exists(name):
         return []
     try:

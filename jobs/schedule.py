@@ -122,7 +122,7 @@ def list_(folder: str, now: datetime | None, format_: str) -> None:
 @click.option(
     "--name", metavar="NAME", help="Of one spec: its schedule's name in the index; default the file's."
 )
-@click.option("--quiet", is_flag=True, help="Say nothing of specs that are not due.")
+@click.option("--quiet", is_flag=True, help="Say nothing of specs that are not due, or whose index is busy.")
 @now_option
 def run(
     folder: str,
@@ -239,7 +239,8 @@ def _turn(
         assert latest is not None
         busy = running(store)
         if busy is not None:
-            raise Interrupted(f"index {spec.index}: another scan is running ({busy[0].words}); still due")
+            quietly(f"{name}: due; another scan of {spec.index} is running ({busy[0].words})")
+            return Interrupted.exit_code
         attempt = due.begin(store, name, latest, stands.next_number)
         if attempt is None:
             quietly(f"{name}: another process has just begun it")
@@ -269,7 +270,7 @@ def _attempt(
             run = plan.run
     except (CorpuscopeError, click.ClickException, OSError) as error:
         code = explain(error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):  # the second is what click makes of the first
         due.end(store, name, attempt, Interrupted.exit_code, None, None)
         raise
     except Exception:  # a defect: in its whole length for whoever mends it, and the others have their turn

@@ -42,8 +42,8 @@ INDEX = "index.json"
 VOCABULARY = "vocabulary.parquet"
 PLANS, COMMITS, FAILURES, DATA = "plans", "commits", "failures", "data"
 SNAPSHOTS, MANIFESTS = "snapshots", "manifests"
-ANNOTATIONS, DEVICES, STAGED = "annotations", "devices", "staged"
-RUNS, SCHEDULES = "runs", "schedules"
+ANNOTATIONS, DEVICES, RUNS = "annotations", "devices", "runs"
+SCHEDULES, STAGED = "schedules", "staged"
 
 _SAE = pa.field("sae", pa.dictionary(pa.int32(), pa.string()))
 _FEATURE = pa.field("feature", pa.int32())
