@@ -127,15 +127,9 @@ def audit(store: Store, told: Told = lambda words: None, quick: bool = False) ->
     _runs(state, index, runs, facts)
     _check_nodes(state, index, snapshot, nodes)
     _annotations(state, index)
-<<<<<<< HEAD
-    _staged(state)
-    _summaries(state, plans)
-    _records(state)
-=======
     _summaries(state, plans)
     _records(state)
     _staged(state)
->>>>>>> main
     _look_again(state)
     live = {unit.ordinal for unit in live_units(plans)}
     findings.units = len(live)

@@ -1,21 +1,15 @@
 """Garbage: what no commit, snapshot or plan names, removed once nobody can come to need it.
 
-Six kinds, each with its own proof that it is dead:
+Five kinds, each with its own proof that it is dead:
 - files of an attempt whose (unit, group) another attempt has committed: at once, as no commit is replaced;
 - files that a snapshot replaced, and those of units that the corpus dropped: READERS seconds after that, so
   that whoever resolved the index before can finish. A dropped unit is first *retired* in the registry
   (put-if-absent beside the plans of scans): until then its file can come back and find its data, afterwards
   it is scanned anew;
 - annotations that others replaced, likewise;
-<<<<<<< HEAD
-- what was staged for workers, UNFINISHED seconds after it was put there, while no scan runs: one that begins
-  at that moment has its weights from the hub;
-- records of due times of schedules that are not among the newest ones, which nothing asks for, at once;
-=======
 - records of due times of schedules that are not among the newest ones, which nothing asks for, at once;
 - what was staged for workers, UNFINISHED seconds after it was put there, while no scan runs: one that begins
   at that moment has its weights from the hub;
->>>>>>> main
 - work that nothing names, and the temporaries of writers that were killed: after UNFINISHED seconds, far
   beyond the age at which an attempt refuses to commit.
 Leases, failures and what is said of runs stay: they are the index's history, a few kB a run.
@@ -190,23 +184,14 @@ def _garbage(
     for entry in _listed(store, PLANS):
         if entry.name.endswith(".parquet") and entry.name.split(".")[0] not in tables:
             yield entry, now - entry.modified >= unfinished
-<<<<<<< HEAD
-=======
     served = {entry.name: entry for entry in _listed(store, SCHEDULES)}
     for name in due.outdated(list(served)):
         yield served[name], True
->>>>>>> main
     objects_named = {file.name for file in staged.recorded(store).values()}
     idle = lease.running(store) is None
     for entry in _listed(store, STAGED):
         if idle or not (entry.name.endswith(".json") or entry.name in objects_named):
             yield entry, now - entry.modified >= unfinished
-<<<<<<< HEAD
-    served = {entry.name: entry for entry in _listed(store, SCHEDULES)}
-    for name in due.outdated(list(served)):
-        yield served[name], True
-=======
->>>>>>> main
     for entry in store.details("", hidden=True):
         if _TEMPORARY.fullmatch(entry.name):
             yield entry, now - entry.modified >= unfinished
