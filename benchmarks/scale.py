@@ -87,7 +87,8 @@ class Cluster:
         from pipelines.ledger import Ledger
         from pipelines.storage import Store
 
-        self.workers, self.poison = workers, poison
+        self.workers = self.planned = workers
+        self.elastic, self.poison = False, poison
         self.ledger = Ledger(Store(index))
         self.now = 0.0
         self.work = 0.0  # seconds of the attempts that committed first, stragglers as if they were none
@@ -303,7 +304,8 @@ class _Counted:
 class Stopping:
     """An executor that is stopped when it takes its first item."""
 
-    workers = 1
+    workers = planned = 1
+    elastic = False
 
     def __init__(self) -> None:
         self.began = 0.0
@@ -333,7 +335,7 @@ def scan(folder: Path, index: str, executor: Any) -> Any:
     from sae_runtime.errors import Interrupted
 
     planning.UNIT_BYTES = {"cpu": 1}  # each row a unit
-    scans.InlineExecutor = lambda setup: executor  # type: ignore[misc,assignment]
+    scans.InlineExecutor = lambda *given: executor  # type: ignore[misc,assignment]
     spec, text = load_spec(str(folder / "spec.yaml"), index)
     told: list[str] = []
     options = scans.ScanOptions(executor="inline")
