@@ -33,6 +33,7 @@ import click
 import numpy as np
 import torch
 
+from pipelines.admission import Admission
 from pipelines.contexts import context_rule
 from pipelines.executors.base import Committed, Event, Failed
 from pipelines.executors.inline import InlineExecutor
@@ -317,7 +318,9 @@ def scan(prepared: Prepared, saes: Saes) -> tuple[float, list[Commit]]:
         if isinstance(event, Committed):
             commits.append(event.commit)
 
-    executor = InlineExecutor(setup)
+    executor = InlineExecutor(
+        setup, Admission(Store(spec.index), 1, mixed=False, notice=lambda line: click.echo(line, err=True))
+    )
     work = [Work(unit, 0, planned.files[unit.corpus, unit.path], 1) for unit in planned.units]
     try:
         with mock.patch.object(suites, "load", saes.load):

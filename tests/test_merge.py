@@ -23,7 +23,7 @@ import pytest
 import tiny
 import torch
 
-from pipelines import merge_keyed, merge_rows, merge_summaries, unit
+from pipelines import merge_keyed, merge_pages, merge_rows, merge_summaries, unit
 from pipelines.contents import contents
 from pipelines.ledger import DataFileRecord
 from pipelines.merge import MergeRule, Part
@@ -770,6 +770,13 @@ def test_records_say_what_the_files_are(tiny_index: Path, middling: None) -> Non
     done = merge_rows.merge_rows(store, parts, saes, rule, "records")
     done |= merge_summaries.merge_summaries(store, parts, saes, rule, "records")
     done |= merge_keyed.merge_keyed(store, parts, rule, "records")
+    inputs = {
+        kind: tuple(path for part in parts for path in part.files.get(kind, ()))
+        for kind in ("contexts", "activations")
+    }
+    tops = {"top_contexts": tuple(record.path for record in done["top_contexts"])}
+    whole = Part((parts[0].ordinals[0], parts[-1].ordinals[1]), inputs | tops, True)
+    done |= merge_pages.merge_pages(store, [whole], saes, rule, "records")
     assert set(done) == set(KINDS) - {"sampled_contexts", "segments", "quarantine"}
     for kind, records in done.items():
         for i, record in enumerate(records):
