@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import tiny
 from test_chaos import Machines, check, kinds, machines  # noqa: F401
-from test_resume import ROOT, UNITS, commits, processes
+from test_resume import ROOT, UNITS, commits
 
 from pipelines import devices
 from pipelines.storage import Store
@@ -26,7 +25,8 @@ from sae_runtime.device import device_model
 pytestmark = pytest.mark.cluster
 
 Cluster = tuple[Machines, dict[str, str]]
-# Prints (process, workers that there are or are asked for) of each unit; stops after those it is told.
+# Prints (process, workers that there are or are asked for) of each unit; stops after those it is told, and
+# then waits until so many workers have answered as it is told. It goes in rounds, so that nobody is left out.
 _DRIVER = """
 import json, sys
 from pipelines.executors import drive
@@ -40,7 +40,10 @@ def settled(self, reference, attempt):
     print(json.dumps([slot.process[1], len(self._crew._slots)]), flush=True)
     if done in stops:
         print("stopped", flush=True)
-        sys.stdin.readline()
+        if (newcomers := int(sys.stdin.readline()) - self._crew.joined) > 0:
+            self._ray.wait([*self._crew.waiting], num_returns=newcomers, timeout=90)
+    if self._flying:
+        self._ray.wait([*self._flying], num_returns=len(self._flying), timeout=90)
 drive.Drive._settle = settled
 from jobs.cli import main; main()
 """
@@ -66,9 +69,9 @@ class Driver:
             self._take(line)
         raise AssertionError(self.process.communicate())
 
-    def go_on(self) -> None:
+    def go_on(self, workers: int = 0) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{workers}\n")
         self.process.stdin.flush()
 
     def end(self, code: int = 0) -> str:
@@ -78,18 +81,6 @@ class Driver:
         for line in out.splitlines():
             self._take(line)
         return err
-
-    def wait_for_workers(self, wanted: int) -> None:
-        """Until so many actors are made; they answer at once then."""
-        end = time.monotonic() + 90
-        while len(self.workers()) < wanted:
-            assert time.monotonic() < end
-            assert self.process.poll() is None, self.process.communicate()
-            time.sleep(0.1)
-
-    def workers(self) -> list[Any]:
-        found = processes(self.env["CORPUSCOPE_TEST_MARK"])
-        return [each for each in found if each.name().startswith("ray::ScanWorker")]
 
     def _take(self, line: str) -> None:
         if line.startswith("["):  # Ray tells of nodes that are lost between them
@@ -127,8 +118,7 @@ def test_machines_that_come_are_used_and_one_that_goes_is_survived(
     assert {slots for _, slots in driver.units} <= {UNITS, UNITS - 1, UNITS - 2}  # what waits is the demand
     assert len({process for process, _ in driver.units}) == 1
     world.nodes += [world.add(), world.add()]
-    driver.wait_for_workers(3)
-    driver.go_on()
+    driver.go_on(workers=3)
     driver.until_stopped()
     world.remove(world.nodes.pop())
     driver.go_on()
@@ -148,8 +138,7 @@ def test_a_machine_of_another_kind_is_not_used_unless_the_spec_allows_it(
     driver = Driver(write_spec(alone), one, 1)
     driver.until_stopped()
     other(world)
-    driver.wait_for_workers(2)
-    driver.go_on()
+    driver.go_on(workers=2)
     err = driver.end()
     [note] = [line for line in err.splitlines() if "is not used" in line]
     assert "(DEFAULT" in note
@@ -159,8 +148,7 @@ def test_a_machine_of_another_kind_is_not_used_unless_the_spec_allows_it(
 
     driver = Driver(write_spec(mixed, model={"mixed_devices": True}), one, 1)
     driver.until_stopped()
-    driver.wait_for_workers(2)
-    driver.go_on()
+    driver.go_on(workers=2)
     err = driver.end()
     used = {commit["device"] for commit in commits(mixed / "index").values()}
     assert len(used) == 2
