@@ -24,6 +24,7 @@ from jobs.annotate import annotate
 from jobs.changes import changes
 from jobs.diff import diff
 from jobs.endings import explain
+from jobs.explore import explore
 from jobs.export import export
 from jobs.jobs import jobs
 from jobs.output import (
@@ -506,6 +507,7 @@ cli.add_command(changes)
 cli.add_command(schedule)
 cli.add_command(submit)
 cli.add_command(jobs)
+cli.add_command(explore)
 
 
 def _write_parquet(result: Any, output: str) -> None:

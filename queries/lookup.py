@@ -149,11 +149,11 @@ def _sql_errors() -> Iterator[None]:
 def resolve_sae(con: duckdb.DuckDBPyConnection, name: str) -> str:
     """The id of the SAE that `name` names: its id, its Neuronpedia id or an unambiguous ending of its id."""
     # `_declared_saes` is what `saes` shows of them without the statistics, which cost a scan.
-    known = _ask(con, "SELECT sae, neuronpedia FROM _declared_saes ORDER BY sae")
+    known = ask(con, "SELECT sae, neuronpedia FROM _declared_saes ORDER BY sae")
     ids = [row["sae"] for row in known]
     if name in ids:
         return name
-    for row in _ask(con, "SELECT sae, same_as FROM _duplicates"):
+    for row in ask(con, "SELECT sae, same_as FROM _duplicates"):
         if row["sae"] == name:  # it was not scanned: the other one has the same tensors
             return str(row["same_as"])
     found = [row["sae"] for row in known if name and row["neuronpedia"] == name]
@@ -171,7 +171,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
 
 
-def _ask(con: duckdb.DuckDBPyConnection, statement: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+def ask(con: duckdb.DuckDBPyConnection, statement: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
     """The rows of one of our own statements. DataError where the index's files cannot be read."""
     try:
         result = con.execute(statement, list(values))
@@ -191,7 +191,7 @@ def feature_table(con: duckdb.DuckDBPyConnection, sae: str, sort: str, limit: in
         raise InputError(f"--sort: no column {column!r}; there are {', '.join(FEATURE_COLUMNS)}")
     ascending = sort.startswith("-") or column == "feature"
     direction = "ASC" if ascending else "DESC"
-    found = _ask(
+    found = ask(
         con,
         f"SELECT {', '.join(FEATURE_COLUMNS)} FROM features WHERE sae = $1 "
         f"ORDER BY {'abs(max)' if column == 'max' else column} {direction} NULLS LAST, feature LIMIT $2",
@@ -205,7 +205,7 @@ def _examples(con: duckdb.DuckDBPyConnection, sae: str, features: list[int]) -> 
     """The tokens around each feature's highest activation, which stands in brackets."""
     if not features:
         return {}
-    contexts = _ask(
+    contexts = ask(
         con,
         """
         SELECT t.feature, t.position, greatest(t.position - $3, 0) AS first,
@@ -229,9 +229,9 @@ def _marked(context: dict[str, Any], spelling: dict[int, bytes]) -> str:
 def feature(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> dict[str, Any]:
     """One feature: its statistics, and `contexts`: its k highest, with tokens around the maximum."""
     columns = ", ".join((*FEATURE_COLUMNS, "histogram"))
-    rows = _ask(con, f"SELECT sae, {columns} FROM features WHERE sae = $1 AND feature = $2", [sae, number])
+    rows = ask(con, f"SELECT sae, {columns} FROM features WHERE sae = $1 AND feature = $2", [sae, number])
     if not rows:
-        width = _ask(con, "SELECT width FROM _declared_saes WHERE sae = $1", [sae])[0]["width"]
+        width = ask(con, "SELECT width FROM _declared_saes WHERE sae = $1", [sae])[0]["width"]
         raise InputError(f"feature: {sae} has features 0 to {width - 1}, not {number}")
     [found] = rows
     found["contexts"] = _top(con, sae, number, k)
@@ -249,7 +249,7 @@ def _top(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> list[
     if rows is not None and rows.pages:
         return _page(con, rows, sae, number, k)
     table, window = ("top_contexts", "positions") if rows is None else ("_top_contexts", "offsets")
-    found = _ask(
+    found = ask(
         con,
         f"""
         SELECT t.rank, t.activation, d.id, d.corpus, d.source, d.row, t.context, t.position,
@@ -285,7 +285,7 @@ def _page(con: duckdb.DuckDBPyConnection, rows: Held, sae: str, number: int, k: 
     files = rows.page_of(sae, number)
     if not files:
         return []
-    return _ask(
+    return ask(
         con,
         """
         SELECT t.rank, t.activation, d.id, d.corpus, d.source, d.row, t.context, t.position,
@@ -303,7 +303,7 @@ def _annotated(con: duckdb.DuckDBPyConnection, sae: str, number: int) -> dict[st
     known = held(con, sae)
     if known is not None and not known.annotated:
         return {"explanations": [], "top_tokens": [], "bottom_tokens": [], "neighbours": []}
-    tokens = _ask(
+    tokens = ask(
         con,
         """
         SELECT f.sign, f.token, v.bytes, f.logit
@@ -318,7 +318,7 @@ def _annotated(con: duckdb.DuckDBPyConnection, sae: str, number: int) -> dict[st
         text = (row["bytes"] or b"").decode(errors="replace")
         signs[row["sign"]].append({"token": row["token"], "text": text, "logit": row["logit"]})
     return {
-        "explanations": _ask(
+        "explanations": ask(
             con,
             "SELECT description, method, model, score, source FROM explanations "
             "WHERE sae = $1 AND feature = $2 "
@@ -327,7 +327,7 @@ def _annotated(con: duckdb.DuckDBPyConnection, sae: str, number: int) -> dict[st
         ),
         "top_tokens": signs[1],
         "bottom_tokens": signs[-1],
-        "neighbours": _ask(
+        "neighbours": ask(
             con,
             "SELECT rank, other_sae, other_feature, cosine FROM feature_neighbours "
             "WHERE sae = $1 AND feature = $2 ORDER BY rank",
@@ -340,7 +340,7 @@ def _rows_of(
     con: duckdb.DuckDBPyConnection, rows: Held, sae: str, number: int, contexts: Sequence[int]
 ) -> list[tuple[int, float]]:
     """(token key, activation) of a feature's rows in some contexts, in order."""
-    found = _ask(
+    found = ask(
         con,
         """
         SELECT token, activation FROM read_parquet($1)

@@ -1,0 +1,55 @@
+"""`corpuscope explore`: the explorer's pages on this machine, for as long as the command runs.
+
+Invariant: it listens on the loopback address alone.
+"""
+
+from __future__ import annotations
+
+import click
+
+from jobs.output import message, uris
+from sae_runtime.errors import InputError
+
+HOST = "127.0.0.1"
+PORT = 8642
+
+
+@click.command()
+@click.argument("index")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any free one."
+)
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="What a page's queries may take.",
+)
+def explore(index: str, port: int, timeout: float) -> None:
+    """A local web page over INDEX, also while a scan adds to it."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+        import vl_convert  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"explore: {error.name} is missing; pip install 'corpuscope[explore]'") from None
+    import socket
+
+    from pipelines.status import status
+    from queries.explorer.app import application
+    from queries.explorer.session import Outside, open_session
+
+    session = open_session(uris(index), Outside(status), seconds=timeout)
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((HOST, port))
+    except OSError as error:
+        raise InputError(f"--port {port}: {error.strerror}; --port 0 takes a free one") from None
+    message(f"http://{HOST}:{listening.getsockname()[1]}/  (Ctrl-C ends it)")
+    server = uvicorn.Server(
+        uvicorn.Config(application(session), log_level="warning", access_log=False, server_header=False)
+    )
+    server.run(sockets=[listening])

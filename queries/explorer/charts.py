@@ -1,0 +1,73 @@
+"""Charts as Vega-Lite sees them: plain dicts, the same on pages and in reports.
+
+Invariant: colours are named, never given: pages and reports fill in those of their theme (`themed`), all from
+a palette that the colour-blind can tell apart (Okabe and Ito, 2008). What is drawn is never all that is said:
+each chart stands beside its numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Chart = dict[str, Any]
+_LOWEST, _PER_OCTAVE = -10, 8  # of the index's histogram: 8 bins an octave from 2^-10 (shared contract, 4)
+
+
+def bars(values: Sequence[dict[str, Any]], x: str, x2: str, y: str, x_title: str, y_title: str) -> Chart:
+    """A histogram of bins that are there already: from `x` to `x2`, `y` high; the x axis is logarithmic."""
+    return {
+        "data": {"values": list(values)},
+        "mark": {"type": "bar", "color": "$accent", "tooltip": True},
+        "encoding": {
+            "x": {
+                "field": x, "type": "quantitative", "bin": {"binned": True},
+                "scale": {"type": "log"}, "axis": {"title": x_title},
+            },
+            "x2": {"field": x2},
+            "y": {"field": y, "type": "quantitative", "axis": {"title": y_title}},
+        },
+        "width": "container",
+        "height": 160,
+    }  # fmt: skip
+
+
+def activation_bins(counts: Sequence[int]) -> list[dict[str, Any]]:
+    """The filled span of a feature's `histogram`: `from`, `to` (activation) and `tokens` of each bin.
+
+    The two open bins are drawn as wide as one of the others.
+    """
+    filled = [i for i, n in enumerate(counts) if n]
+    if not filled:
+        return []
+    return [
+        {"from": _edge(i - 1), "to": _edge(i), "tokens": counts[i]} for i in range(filled[0], filled[-1] + 1)
+    ]
+
+
+def _edge(index: int) -> float:
+    return float(2.0 ** (_LOWEST + index / _PER_OCTAVE))
+
+
+LIGHT = {"ink": "#1b1f24", "faint": "#667085", "line": "#d0d5dd", "paper": "#ffffff", "accent": "#0072b2",
+         "strong": "#d55e00", "quiet": "#98a2b3"}  # fmt: skip
+
+
+def themed(chart: Any, colours: dict[str, str]) -> Any:
+    """A chart with the colours that its `$names` stand for."""
+    if isinstance(chart, dict):
+        return {key: themed(value, colours) for key, value in chart.items()}
+    if isinstance(chart, list):
+        return [themed(value, colours) for value in chart]
+    if isinstance(chart, str) and chart.startswith("$"):
+        return colours.get(chart[1:], chart)
+    return chart
+
+
+# --- overview
+
+# --- sae
+
+# --- feature
+
+# --- compare

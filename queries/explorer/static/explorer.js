@@ -1,0 +1,77 @@
+// What every page can do: keys, the theme, the value of the token under the pointer or the keyboard.
+// Pages work without it; charts are drawn by chart.js.
+
+const root = document.documentElement;
+
+// --- theme
+const button = document.getElementById("theme");
+function isDark() {
+  return root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+}
+function showTheme() {
+  button.textContent = isDark() ? "Light" : "Dark";
+  button.setAttribute("aria-label", `Use the ${button.textContent.toLowerCase()} theme`);
+}
+button.hidden = false;
+button.addEventListener("click", () => {
+  root.dataset.theme = isDark() ? "light" : "dark";
+  localStorage.setItem("theme", root.dataset.theme);
+  showTheme();
+  document.dispatchEvent(new Event("themechange"));
+});
+showTheme();
+
+// --- times, in the reader's own zone
+for (const time of document.querySelectorAll("time[data-seconds]")) {
+  time.textContent = new Date(1000 * time.dataset.seconds).toLocaleTimeString();
+}
+
+// --- values of tokens: one label, beside the token that is pointed at or stepped to
+const label = document.createElement("output");
+label.className = "value";
+label.hidden = true;
+document.body.append(label);
+function tell(token) {
+  label.hidden = !token;
+  if (!token) return;
+  label.textContent = token.dataset.v;
+  const box = token.getClientRects()[0];
+  label.style.left = `${Math.max(4, Math.min(box.left, innerWidth - 120)) + scrollX}px`;
+  label.style.top = `${box.top + scrollY - 26}px`;
+}
+document.addEventListener("pointerover", (event) => tell(event.target.closest?.("[data-v]")));
+document.addEventListener("focusin", (event) => tell(event.target.closest?.("[data-v]")));
+document.addEventListener("click", (event) => {
+  const token = event.target.closest?.("[data-v]");
+  if (token) tell(token);
+});
+
+// --- keys: a page's links and forms name theirs in data-key
+const dialog = document.getElementById("keys");
+const keyed = () => [...document.querySelectorAll("[data-key]")];
+function showKeys() {
+  const list = document.createElement("dl");
+  const names = keyed().map((each) => [each.dataset.key, each.dataset.words ?? each.textContent.trim()]);
+  for (const [key, words] of [...names, ["/", "to the first field"], ["?", "these keys"], ["Esc", "close, leave a field"]]) {
+    const term = document.createElement("dt");
+    term.append(Object.assign(document.createElement("kbd"), { textContent: key }));
+    list.append(term, Object.assign(document.createElement("dd"), { textContent: words }));
+  }
+  dialog.replaceChildren(list);
+  dialog.showModal();
+}
+dialog.addEventListener("click", () => dialog.close());
+document.addEventListener("keydown", (event) => {
+  const field = event.target.closest?.("input, textarea, select");
+  if (event.key === "Escape") return field?.blur();
+  if (field || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "?") return showKeys();
+  if (event.key === "/") {
+    event.preventDefault();
+    return document.querySelector("main input:not([type=hidden]), main textarea")?.focus();
+  }
+  const target = keyed().find((each) => each.dataset.key === event.key);
+  if (!target) return;
+  event.preventDefault();
+  target.matches("a, button, summary") ? target.click() : target.focus();
+});
