@@ -1,7 +1,8 @@
 """Garbage: what no commit, snapshot or plan names, removed once nobody can come to need it.
 
 Five kinds, each with its own proof that it is dead:
-- files of an attempt whose (unit, group) another attempt has committed: at once, as no commit is replaced;
+- files of an attempt whose (unit, group) another attempt has committed: at once, as no commit is replaced,
+  but for units that were retired since, which may come back;
 - files that a snapshot replaced, and those of units that the corpus dropped: READERS seconds after that, so
   that whoever resolved the index before can finish. A dropped unit is first *retired* in the registry
   (put-if-absent beside the plans of scans): until then its file can come back and find its data, afterwards
@@ -138,17 +139,12 @@ def _garbage(
     since = _covered_since(runs, manifests)
     stems = {name.rsplit("/", 1)[-1].removesuffix(".json") for name in needed}
     commits = Ledger(store).commits()
-    known = {unit.ordinal: unit for plan in found.plans for unit in plan.units}
     retired = _retired(found.plans)
     attempts: dict[tuple[str, int], dict[str, int]] = {}  # (unit, group) -> attempt -> ordinal
     for (ordinal, group), commit in commits.items():
         attempts.setdefault((commit.unit, group), {})[commit.attempt] = ordinal
-    open_ = {
-        (unit.unit, group)
-        for unit in known.values()
-        for group in range(found.groups)
-        if unit.ordinal not in retired and (unit.ordinal, group) not in commits
-    }
+    # Not those of retired units: one that comes back has the same id, and may be at work by now.
+    settled = {(commit.unit, group) for (ordinal, group), commit in commits.items() if ordinal not in retired}
     replaced = _replaced(store)
     records = sorted(_listed(store, ANNOTATIONS), key=lambda entry: entry.name)
     annotated, superseded = _annotations(store, records)
@@ -160,8 +156,7 @@ def _garbage(
             place = match["unit"], int(match["group"])
             own = attempts.get(place, {}).get(match["attempt"])
             if own is None:
-                dead = place not in open_ and place in attempts
-                yield entry, dead or now - entry.modified >= unfinished
+                yield entry, place in settled or now - entry.modified >= unfinished
             elif own in retired:
                 yield entry, True
             elif match["kind"] in REPLACED and own in since:

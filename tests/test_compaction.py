@@ -31,6 +31,7 @@ from pipelines import compaction, contents, gc, snapshots, upkeep
 from pipelines.ordinals import InOrder, between
 from pipelines.storage import Store
 from queries import lookup
+from queries.verify import verify
 from sae_runtime.errors import DataError
 
 ROOT = Path(__file__).parent.parent
@@ -602,3 +603,44 @@ def test_inputs_that_another_compaction_replaced_are_no_damage(
     found = contents.contents(store)
     with pytest.raises((DataError, FileNotFoundError), match="activations"):
         compaction.execute(found, compaction.RunJob(compaction.TOP, found.runs, found.own))
+
+
+@pytest.fixture
+def growing(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any], tiny_corpus: Path,
+    few: list[dict[str, str]],
+) -> Callable[[str], None]:  # fmt: skip
+    """An index of six files, and a function that takes a file away, or brings it back, and scans again."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name in sorted(f.name for f in tiny_corpus.iterdir())[:6]:
+        shutil.copy(tiny_corpus / name, corpus / name)
+    spec = write_spec(tmp_path, corpus={"uri": "corpus/*.jsonl"}, saes=few)
+    scan_inline(spec)
+
+    def toggle(name: str) -> None:
+        if (corpus / name).exists():
+            (corpus / name).unlink()
+        else:
+            shutil.copy(tiny_corpus / name, corpus / name)
+        assert not scan_inline(spec, allow_removal=True).failed
+
+    return toggle
+
+
+def test_a_unit_that_comes_back_while_gc_looks_keeps_its_files(
+    tmp_path: Path, growing: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was given up, and has the id of then: what is written for it is no lost attempt's."""
+    store = Store(str(tmp_path / "index"))
+    growing("part_01.jsonl")
+    assert gc.collect(store, readers=0).retired == 1
+    look = gc._replaced
+
+    def late(store: Store) -> dict[str, float]:  # the index has been resolved, its data are not listed yet
+        growing("part_01.jsonl")
+        return look(store)
+
+    monkeypatch.setattr(gc, "_replaced", late)
+    gc.collect(store)
+    assert not verify(store.uri).faults
