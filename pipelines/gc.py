@@ -102,7 +102,9 @@ def _retire(store: Store, readers: float) -> int:
         live: set[int] = set()
         for plan in plans:
             dropped = set(unpack(plan.dropped).tolist())
-            live = (live | {unit.ordinal for unit in plan.units}) - dropped
+            added = {unit.ordinal for unit in plan.units}
+            live = (live | added) - dropped
+            gone -= added  # of a unit that came back the newest dropping counts
             if now - store.modified(f"{PLANS}/{plan.run - 1:06d}.json") >= readers:
                 gone |= dropped
         retired = np.array(sorted(gone - live - _retired(plans)), np.int64)

@@ -644,3 +644,17 @@ def test_a_unit_that_comes_back_while_gc_looks_keeps_its_files(
     monkeypatch.setattr(gc, "_replaced", late)
     gc.collect(store)
     assert not verify(store.uri).faults
+
+
+def test_a_unit_that_was_dropped_once_more_waits_once_more(
+    tmp_path: Path, growing: Callable[[str], None]
+) -> None:
+    index = tmp_path / "index"
+    for _ in range(2):
+        growing("part_01.jsonl")
+    for file in (index / "plans").iterdir():
+        os.utime(file, (1, 1))
+    growing("part_01.jsonl")
+    assert gc.collect(Store(str(index))).retired == 0, "queries that began before it may read it"
+    os.utime(index / "plans" / "000003.json", (1, 1))
+    assert gc.collect(Store(str(index))).retired == 1
