@@ -138,7 +138,8 @@ def _garbage(
     now = store.now()
     manifests = {entry.name: entry for entry in _listed(store, MANIFESTS)}
     needed, runs = _merged_in_use(store, found)
-    since = _covered_since(runs, manifests)
+    published, replaced = _snapshots(store)
+    since = _covered_since(runs, published, now)
     stems = {name.rsplit("/", 1)[-1].removesuffix(".json") for name in needed}
     commits = Ledger(store).commits()
     retired = _retired(found.plans)
@@ -147,7 +148,6 @@ def _garbage(
         attempts.setdefault((commit.unit, group), {})[commit.attempt] = ordinal
     # Not those of retired units: one that comes back has the same id, and may be at work by now.
     settled = {(commit.unit, group) for (ordinal, group), commit in commits.items() if ordinal not in retired}
-    replaced = _replaced(store)
     records = sorted(_listed(store, ANNOTATIONS), key=lambda entry: entry.name)
     annotated, superseded = _annotations(store, records)
     for entry in records[:-1]:
@@ -219,9 +219,9 @@ def _merged_in_use(store: Store, found: Contents) -> tuple[set[str], list[Run]]:
     return needed, read_runs(store, found.snapshot.runs)
 
 
-def _covered_since(runs: Iterable[Run], manifests: dict[str, Entry]) -> dict[int, float]:
-    """When each unit's rows came to be in a run, by ordinal."""
-    return {ordinal: manifests[run.name].modified for run in runs for ordinal in unpack(run.units).tolist()}
+def _covered_since(runs: Iterable[Run], published: dict[str, float], now: float) -> dict[int, float]:
+    """When each unit's rows came to be in a run that readers know of, by ordinal."""
+    return {ordinal: published.get(run.name, now) for run in runs for ordinal in unpack(run.units).tolist()}
 
 
 def _annotations(store: Store, records: Sequence[Entry]) -> tuple[set[str], dict[str, float]]:
@@ -232,9 +232,20 @@ def _annotations(store: Store, records: Sequence[Entry]) -> tuple[set[str], dict
     return newest, {path: records[i + 1].modified for path, i in last.items() if path not in newest}
 
 
-def _replaced(store: Store) -> dict[str, float]:
-    """When the manifests that snapshots named, and the newest does not name any more, were replaced."""
+def _snapshots(store: Store) -> tuple[dict[str, float], dict[str, float]]:
+    """When manifests were first named by a snapshot that is left, and when by none any more.
+
+    Ranges are merged some at a time and published together: a manifest may be much older than its snapshot.
+    """
     entries = sorted(_listed(store, SNAPSHOTS), key=lambda entry: entry.name)
     heads = objects(store, [entry.name for entry in entries])
-    last = {name: i for i, head in enumerate(heads) for name in (*head["runs"], *head["nodes"])}
-    return {name: entries[i + 1].modified for name, i in last.items() if i + 1 < len(entries)}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for i, head in enumerate(heads):
+        for name in (*head["runs"], *head["nodes"]):
+            first.setdefault(name, i)
+            last[name] = i
+    return (
+        {name: entries[i].modified for name, i in first.items()},
+        {name: entries[i + 1].modified for name, i in last.items() if i + 1 < len(entries)},
+    )

@@ -635,13 +635,13 @@ def test_a_unit_that_comes_back_while_gc_looks_keeps_its_files(
     store = Store(str(tmp_path / "index"))
     growing("part_01.jsonl")
     assert gc.collect(store, readers=0).retired == 1
-    look = gc._replaced
+    look = gc._annotations
 
-    def late(store: Store) -> dict[str, float]:  # the index has been resolved, its data are not listed yet
+    def late(*given: Any) -> Any:  # the index has been resolved, its data are not listed yet
         growing("part_01.jsonl")
-        return look(store)
+        return look(*given)
 
-    monkeypatch.setattr(gc, "_replaced", late)
+    monkeypatch.setattr(gc, "_annotations", late)
     gc.collect(store)
     assert not verify(store.uri).faults
 
@@ -658,3 +658,21 @@ def test_a_unit_that_was_dropped_once_more_waits_once_more(
     assert gc.collect(Store(str(index))).retired == 0, "queries that began before it may read it"
     os.utime(index / "plans" / "000003.json", (1, 1))
     assert gc.collect(Store(str(index))).retired == 1
+
+
+def test_what_a_slow_batch_replaced_stays_for_readers(
+    index: Path, wanted: dict[str, list[tuple[Any, ...]]]
+) -> None:
+    """The first of its manifests is older than readers are waited for when the snapshot names it."""
+    store = Store(str(index))
+
+    def slow(tasks: Any) -> Any:
+        for file in (index / "manifests").glob("*.json"):
+            os.utime(file, (1, 1))
+        return compaction.perform_here(tasks)
+
+    before = queries.connect(str(index))
+    found = contents.contents(store)
+    assert compaction.settle(store, found.registered, 1, [(0, 4), (4, 8)], slow).runs == 2
+    assert gc.collect(store).removed == 0
+    assert before.sql("SELECT * FROM documents ORDER BY ALL").fetchall() == wanted["documents"]
