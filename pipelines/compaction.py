@@ -46,7 +46,7 @@ from pipelines.snapshots import (
     write_run,
 )
 from pipelines.storage import Store
-from sae_runtime.errors import DataError
+from sae_runtime.errors import CorpuscopeError, DataError
 
 FAN = 32
 TOP = 99  # level of what a full compaction makes
@@ -295,7 +295,7 @@ def _due_fully(found: Contents) -> Job | None:
 def execute(found: Contents, job: Job, run: Perform = perform_here) -> Done | None:
     """Merge and publish. None if another compaction of the same pieces was first.
 
-    DataError for an input that is damaged, OSError of the storage.
+    DataError for an input that is damaged, OSError of the storage, CorpuscopeError where it took too long.
     """
     began = time.monotonic()
     stand = _publish(found.store, _make(found, job, run), began)
@@ -422,8 +422,16 @@ def _worth_pages(found: Contents, files: Files) -> bool:
 
 
 def _publish(store: Store, made: Made, began: float) -> Made:
-    """Name what was made in one snapshot; without the runs of pieces that another compaction merged first."""
-    while made and time.monotonic() - began < MAX_AGE:
+    """Name what was made in one snapshot; without the runs of pieces that another compaction merged first.
+
+    CorpuscopeError for work that is too old: done once more it would be as old.
+    """
+    while made:
+        if time.monotonic() - began >= MAX_AGE:
+            raise CorpuscopeError(
+                f"index {store.uri}: merging took over {MAX_AGE / 3600:.0f} h, so `gc` might take its files "
+                "for left over; nothing of it is used, take a faster machine or one nearer to the store"
+            )
         now = newest(store)
         runs, stand = _with_runs(store, now.runs, made)
         nodes = _with_nodes(store, now.nodes, [node for _, _, node in made if isinstance(node, Node)])

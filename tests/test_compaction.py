@@ -32,7 +32,7 @@ from pipelines.ordinals import InOrder, between
 from pipelines.storage import Store
 from queries import lookup
 from queries.verify import verify
-from sae_runtime.errors import DataError
+from sae_runtime.errors import CorpuscopeError, DataError
 
 ROOT = Path(__file__).parent.parent
 UNITS = 24
@@ -363,11 +363,21 @@ def test_spans_of_ordinals(ordinals: list[int], first: int, stop: int) -> None:
     assert between(np.array(sorted(ordinals), np.int64), first, stop).tolist() == sorted(wanted)
 
 
-def test_what_is_too_old_is_not_published(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_too_old_is_not_published_and_not_made_again(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compaction, "MAX_AGE", 0.0)
+    monkeypatch.setattr(compaction, "FAN", UNITS + 1)  # nothing is due in tiers
+    merges: list[int] = []
+
+    def perform(tasks: Any) -> Any:
+        assert len(merges) < 4, "the same work again and again"
+        merges.append(len(tasks))
+        return compaction.perform_here(tasks)
+
     store = Store(str(index))
-    found = contents.contents(store)
-    assert compaction.execute(found, compaction.RunJob(1, (), found.own[:4])) is None
+    with pytest.raises(CorpuscopeError, match="took over"):
+        compaction.compact(store, perform)
     assert snapshots.newest(store) == snapshots.NONE
 
 
