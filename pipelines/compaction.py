@@ -239,8 +239,11 @@ def _closed(found: Contents, level: int, span: int) -> list[int]:
 
 def _due_run(found: Contents, level: int) -> RunJob | None:
     first, stop = found.span
+    # One whose units were all given up has nothing to merge.
     runs = tuple(
-        r for r in found.runs if r.level < level and first <= r.units[0][0] and r.units[-1][1] <= stop
+        r
+        for r in found.runs
+        if r.level < level and r.units and first <= r.units[0][0] and r.units[-1][1] <= stop
     )
     return RunJob(level, runs, found.own) if len(runs) + len(found.own) >= 2 else None
 

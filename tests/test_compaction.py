@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 import queries
 from pipelines import compaction, contents, gc, snapshots, upkeep
+from pipelines.ledger import Ledger
 from pipelines.ordinals import InOrder, between
 from pipelines.storage import Store
 from queries import lookup
@@ -686,3 +687,23 @@ def test_what_a_slow_batch_replaced_stays_for_readers(
     assert compaction.settle(store, found.registered, 1, [(0, 4), (4, 8)], slow).runs == 2
     assert gc.collect(store).removed == 0
     assert before.sql("SELECT * FROM documents ORDER BY ALL").fetchall() == wanted["documents"]
+
+
+def test_a_run_whose_units_were_all_given_up_is_in_nobodys_way(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "FAN", 2)
+    store = Store(str(index))
+    for first in (0, 2):
+        found = contents.contents(store)
+        assert compaction.settle(store, found.registered, 1, [(first, first + 2)]).runs == 1
+    newest = found.plans[-1]
+    dropped = replace(newest, run=2, files=newest.files[4:], units=(), dropped=((0, 4),))
+    assert Ledger(store).add_plan(dropped)
+    assert gc.collect(store, readers=0).retired == 4
+    assert compaction.settle(store, contents.contents(store).registered, 2, [(0, 4)]).runs == 1
+    assert [run.units for run in contents.contents(store).runs] == [()]
+    wanted = tiny.views(index)
+    compaction.compact(store)
+    same(index, wanted)
+    assert not verify(store.uri).faults
