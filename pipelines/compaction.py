@@ -31,7 +31,7 @@ from pipelines.faults import crash
 from pipelines.ledger import Commit, DataFileRecord
 from pipelines.merge import MergeRule, Part, merge_keyed, merge_pages, merge_rows, merge_summaries
 from pipelines.ordinals import InOrder, Ranges, pack, unpack, without
-from pipelines.schema import DATA, KEYED, REPLACED, ROWS, UNIT_FACTS, UNITS
+from pipelines.schema import DATA, KEYED, PLANS, REPLACED, ROWS, UNIT_FACTS, UNITS
 from pipelines.snapshots import (
     Files,
     Node,
@@ -45,7 +45,7 @@ from pipelines.snapshots import (
     write_node,
     write_run,
 )
-from pipelines.storage import Store
+from pipelines.storage import Store, names
 from sae_runtime.errors import CorpuscopeError, DataError
 
 FAN = 32
@@ -147,7 +147,7 @@ def compact(
     """
     found = contents(store)
     done = catch_up(store, found.registered, run, told)
-    while (job := _due_fully(found := resolve(store, found.registered))) is not None:
+    while (job := _due_fully(found := contents(store))) is not None:
         told(job)
         done += execute(found, job, run) or Done()
     return done
@@ -310,9 +310,10 @@ def _make(found: Contents, job: Job, run: Perform) -> Made:
     try:
         made = _merge_run(found, job, run) if isinstance(job, RunJob) else _merge_node(found, job, run)
     except (DataError, FileNotFoundError):
-        if newest(found.store) == found.snapshot:
+        plans = sum(1 for _ in names(found.store, PLANS, ".json"))
+        if newest(found.store) == found.snapshot and plans == len(found.plans):
             raise
-        return []  # another compaction replaced the inputs, and they were removed
+        return []  # inputs were replaced by another compaction, or given up with their units, and removed
     crash("compact-manifest")
     return [(found, job, made)]
 

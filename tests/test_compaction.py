@@ -707,3 +707,21 @@ def test_a_run_whose_units_were_all_given_up_is_in_nobodys_way(
     compaction.compact(store)
     same(index, wanted)
     assert not verify(store.uri).faults
+
+
+def test_units_that_are_given_up_while_they_are_merged(
+    tmp_path: Path, growing: Callable[[str], None]
+) -> None:
+    store = Store(str(tmp_path / "index"))
+    going = ["part_05.jsonl"]
+
+    def perform(tasks: Any) -> Any:
+        if going:
+            growing(going.pop())
+            assert gc.collect(store, readers=0).retired == 1
+        return compaction.perform_here(tasks)
+
+    compaction.compact(store, perform)
+    found = contents.contents(store)
+    assert (len(found.shown), len(found.own), len(found.runs)) == (5, 0, 1)
+    assert not verify(store.uri).faults
