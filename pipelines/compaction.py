@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -26,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.age import Age
 from pipelines.contents import Contents, Registered, contents, facts_of, members, resolve, resolve_each
 from pipelines.faults import crash
 from pipelines.ledger import Commit, DataFileRecord
@@ -184,14 +184,14 @@ def settle(
     told: Callable[[Job], None] = lambda job: None,
 ) -> Done:
     """Merge what is due in closed ranges of a level, if anything is, and publish it all at once."""
-    began, made = time.monotonic(), []
+    age, made = Age(), []
     for found in resolve_each(store, registered, spans):
         for due in (_due_run, _due_node):  # merging rows changes nothing about summaries
             job = due(found, level)
             if job is not None:
                 told(job)
                 made += _make(found, job, run)
-    return sum((_done(*piece) for piece in _publish(store, made, began)), Done())
+    return sum((_done(*piece) for piece in _publish(store, made, age)), Done())
 
 
 # --- what is due
@@ -300,8 +300,8 @@ def execute(found: Contents, job: Job, run: Perform = perform_here) -> Done | No
 
     DataError for an input that is damaged, OSError of the storage, CorpuscopeError where it took too long.
     """
-    began = time.monotonic()
-    stand = _publish(found.store, _make(found, job, run), began)
+    age = Age()
+    stand = _publish(found.store, _make(found, job, run), age)
     return _done(*stand[0]) if stand else None
 
 
@@ -425,13 +425,13 @@ def _worth_pages(found: Contents, files: Files) -> bool:
     return size >= PAGES_SHARE * PAGE_BYTES * _rows(files.get("top_contexts", ()))
 
 
-def _publish(store: Store, made: Made, began: float) -> Made:
+def _publish(store: Store, made: Made, age: Age) -> Made:
     """Name what was made in one snapshot; without the runs of pieces that another compaction merged first.
 
     CorpuscopeError for work that is too old: done once more it would be as old.
     """
     while made:
-        if time.monotonic() - began >= MAX_AGE:
+        if age.seconds >= MAX_AGE:
             raise CorpuscopeError(
                 f"index {store.uri}: merging took over {MAX_AGE / 3600:.0f} h, so `gc` might take its files "
                 "for left over; nothing of it is used, take a faster machine or one nearer to the store"

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import queries
-from pipelines import compaction, contents, gc, snapshots, upkeep
+from pipelines import compaction, contents, gc, snapshots, unit, upkeep
+from pipelines.executors.base import Attempted
 from pipelines.ledger import Ledger
 from pipelines.ordinals import InOrder, between
 from pipelines.storage import Store
@@ -725,3 +727,40 @@ def test_units_that_are_given_up_while_they_are_merged(
     found = contents.contents(store)
     assert (len(found.shown), len(found.own), len(found.runs)) == (5, 0, 1)
     assert not verify(store.uri).faults
+
+
+def test_a_machine_that_slept_publishes_nothing(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its monotonic clock stood still; elsewhere a gc has taken the files for left over."""
+    store = Store(str(index))
+    found = contents.contents(store)
+    now = time.time
+
+    def sleeping(tasks: Any) -> Any:
+        done = compaction.perform_here(tasks)
+        monkeypatch.setattr(time, "time", lambda: now() + gc.UNFINISHED)
+        return done
+
+    with pytest.raises(CorpuscopeError, match="took over"):
+        compaction.execute(found, compaction.RunJob(1, (), found.own[:4]), sleeping)
+    assert snapshots.newest(store) == snapshots.NONE
+
+
+def test_a_machine_that_slept_commits_nothing(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any],
+    few: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The unit is scanned again."""
+    now, slept = time.time, [0.0]
+    check = unit.check_unchanged
+
+    def sleeping(*given: Any) -> None:
+        slept[0] = slept[0] or gc.UNFINISHED
+        check(*given)
+
+    monkeypatch.setattr(time, "time", lambda: now() + slept[0])
+    monkeypatch.setattr(unit, "check_unchanged", sleeping)
+    spec = write_spec(tmp_path, corpus={"limit": 2}, saes=few)
+    told: list[Any] = []
+    assert not scan_inline(spec, observe=told.append).failed
+    assert [event.kind for event in told if isinstance(event, Attempted)] == ["infra"]
+    assert not verify(str(tmp_path / "index")).faults
