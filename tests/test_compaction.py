@@ -764,3 +764,27 @@ def test_a_machine_that_slept_commits_nothing(
     assert not scan_inline(spec, observe=told.append).failed
     assert [event.kind for event in told if isinstance(event, Attempted)] == ["infra"]
     assert not verify(str(tmp_path / "index")).faults
+
+
+def test_a_snapshot_that_comes_after_its_number_was_removed_replaces_nothing(
+    index: Path, wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it would have replaced is in use, and would be removed by whoever thinks that it holds."""
+    store = Store(str(index))
+    publish = compaction.publish
+
+    def late(store: Store, snapshot: snapshots.Snapshot) -> bool:
+        monkeypatch.setattr(compaction, "publish", publish)
+        for first in (8, 12, 16):
+            rival = compaction.RunJob(1, (), np.arange(first, first + 4))
+            assert compaction.execute(contents.contents(store), rival) is not None
+        for name in store.entries("snapshots")[:-1]:
+            store.remove([f"snapshots/{name}"])
+        return publish(store, snapshot)
+
+    monkeypatch.setattr(compaction, "publish", late)
+    done = compaction.execute(contents.contents(store), compaction.RunJob(1, (), np.arange(4)))
+    assert done is not None
+    assert len(contents.contents(store).runs) == 4
+    store.remove(done.replaced)
+    same(index, wanted)
