@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -26,12 +25,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.age import Age
 from pipelines.contents import Contents, Registered, contents, facts_of, members, resolve, resolve_each
 from pipelines.faults import crash
 from pipelines.ledger import Commit, DataFileRecord
 from pipelines.merge import MergeRule, Part, merge_keyed, merge_pages, merge_rows, merge_summaries
 from pipelines.ordinals import InOrder, Ranges, pack, unpack, without
-from pipelines.schema import DATA, KEYED, REPLACED, ROWS, UNIT_FACTS, UNITS
+from pipelines.schema import DATA, KEYED, PLANS, REPLACED, ROWS, UNIT_FACTS, UNITS
 from pipelines.snapshots import (
     Files,
     Node,
@@ -42,11 +42,12 @@ from pipelines.snapshots import (
     publish,
     read_nodes,
     read_runs,
+    snapshot_name,
     write_node,
     write_run,
 )
-from pipelines.storage import Store
-from sae_runtime.errors import DataError
+from pipelines.storage import Store, names
+from sae_runtime.errors import CorpuscopeError, DataError
 
 FAN = 32
 TOP = 99  # level of what a full compaction makes
@@ -147,7 +148,7 @@ def compact(
     """
     found = contents(store)
     done = catch_up(store, found.registered, run, told)
-    while (job := _due_fully(found := resolve(store, found.registered))) is not None:
+    while (job := _due_fully(found := contents(store))) is not None:
         told(job)
         done += execute(found, job, run) or Done()
     return done
@@ -184,14 +185,14 @@ def settle(
     told: Callable[[Job], None] = lambda job: None,
 ) -> Done:
     """Merge what is due in closed ranges of a level, if anything is, and publish it all at once."""
-    began, made = time.monotonic(), []
+    age, made = Age(), []
     for found in resolve_each(store, registered, spans):
         for due in (_due_run, _due_node):  # merging rows changes nothing about summaries
             job = due(found, level)
             if job is not None:
                 told(job)
                 made += _make(found, job, run)
-    return sum((_done(*piece) for piece in _publish(store, made, began)), Done())
+    return sum((_done(*piece) for piece in _publish(store, made, age)), Done())
 
 
 # --- what is due
@@ -239,8 +240,11 @@ def _closed(found: Contents, level: int, span: int) -> list[int]:
 
 def _due_run(found: Contents, level: int) -> RunJob | None:
     first, stop = found.span
+    # One whose units were all given up has nothing to merge.
     runs = tuple(
-        r for r in found.runs if r.level < level and first <= r.units[0][0] and r.units[-1][1] <= stop
+        r
+        for r in found.runs
+        if r.level < level and r.units and first <= r.units[0][0] and r.units[-1][1] <= stop
     )
     return RunJob(level, runs, found.own) if len(runs) + len(found.own) >= 2 else None
 
@@ -295,10 +299,10 @@ def _due_fully(found: Contents) -> Job | None:
 def execute(found: Contents, job: Job, run: Perform = perform_here) -> Done | None:
     """Merge and publish. None if another compaction of the same pieces was first.
 
-    DataError for an input that is damaged, OSError of the storage.
+    DataError for an input that is damaged, OSError of the storage, CorpuscopeError where it took too long.
     """
-    began = time.monotonic()
-    stand = _publish(found.store, _make(found, job, run), began)
+    age = Age()
+    stand = _publish(found.store, _make(found, job, run), age)
     return _done(*stand[0]) if stand else None
 
 
@@ -307,9 +311,10 @@ def _make(found: Contents, job: Job, run: Perform) -> Made:
     try:
         made = _merge_run(found, job, run) if isinstance(job, RunJob) else _merge_node(found, job, run)
     except (DataError, FileNotFoundError):
-        if newest(found.store) == found.snapshot:
+        plans = sum(1 for _ in names(found.store, PLANS, ".json"))
+        if newest(found.store) == found.snapshot and plans == len(found.plans):
             raise
-        return []  # another compaction replaced the inputs, and they were removed
+        return []  # inputs were replaced by another compaction, or given up with their units, and removed
     crash("compact-manifest")
     return [(found, job, made)]
 
@@ -421,17 +426,28 @@ def _worth_pages(found: Contents, files: Files) -> bool:
     return size >= PAGES_SHARE * PAGE_BYTES * _rows(files.get("top_contexts", ()))
 
 
-def _publish(store: Store, made: Made, began: float) -> Made:
-    """Name what was made in one snapshot; without the runs of pieces that another compaction merged first."""
-    while made and time.monotonic() - began < MAX_AGE:
+def _publish(store: Store, made: Made, age: Age) -> Made:
+    """Name what was made in one snapshot; without the runs of pieces that another compaction merged first.
+
+    CorpuscopeError for work that is too old: done once more it would be as old.
+    """
+    while made:
+        if age.seconds >= MAX_AGE:
+            raise CorpuscopeError(
+                f"index {store.uri}: merging took over {MAX_AGE / 3600:.0f} h, so `gc` might take its files "
+                "for left over; nothing of it is used, take a faster machine or one nearer to the store"
+            )
         now = newest(store)
         runs, stand = _with_runs(store, now.runs, made)
         nodes = _with_nodes(store, now.nodes, [node for _, _, node in made if isinstance(node, Node)])
         if not stand:
             break
-        if publish(store, Snapshot(now.number + 1, tuple(runs), tuple(nodes))):
+        number = now.number + 1
+        if publish(store, Snapshot(number, tuple(runs), tuple(nodes))):
             crash("compact-published")
-            return stand
+            # After a sleep the number may be free because a gc has removed its snapshot: none sees this one.
+            if newest(store).number == number or store.exists(snapshot_name(now.number)):
+                return stand
     return []
 
 

@@ -1,7 +1,8 @@
 """Garbage: what no commit, snapshot or plan names, removed once nobody can come to need it.
 
 Five kinds, each with its own proof that it is dead:
-- files of an attempt whose (unit, group) another attempt has committed: at once, as no commit is replaced;
+- files of an attempt whose (unit, group) another attempt has committed: at once, as no commit is replaced,
+  but for units that were retired since, which may come back;
 - files that a snapshot replaced, and those of units that the corpus dropped: READERS seconds after that, so
   that whoever resolved the index before can finish. A dropped unit is first *retired* in the registry
   (put-if-absent beside the plans of scans): until then its file can come back and find its data, afterwards
@@ -101,7 +102,9 @@ def _retire(store: Store, readers: float) -> int:
         live: set[int] = set()
         for plan in plans:
             dropped = set(unpack(plan.dropped).tolist())
-            live = (live | {unit.ordinal for unit in plan.units}) - dropped
+            added = {unit.ordinal for unit in plan.units}
+            live = (live | added) - dropped
+            gone -= added  # of a unit that came back the newest dropping counts
             if now - store.modified(f"{PLANS}/{plan.run - 1:06d}.json") >= readers:
                 gone |= dropped
         retired = np.array(sorted(gone - live - _retired(plans)), np.int64)
@@ -135,21 +138,16 @@ def _garbage(
     now = store.now()
     manifests = {entry.name: entry for entry in _listed(store, MANIFESTS)}
     needed, runs = _merged_in_use(store, found)
-    since = _covered_since(runs, manifests)
+    published, replaced = _snapshots(store)
+    since = _covered_since(runs, published, now)
     stems = {name.rsplit("/", 1)[-1].removesuffix(".json") for name in needed}
     commits = Ledger(store).commits()
-    known = {unit.ordinal: unit for plan in found.plans for unit in plan.units}
     retired = _retired(found.plans)
     attempts: dict[tuple[str, int], dict[str, int]] = {}  # (unit, group) -> attempt -> ordinal
     for (ordinal, group), commit in commits.items():
         attempts.setdefault((commit.unit, group), {})[commit.attempt] = ordinal
-    open_ = {
-        (unit.unit, group)
-        for unit in known.values()
-        for group in range(found.groups)
-        if unit.ordinal not in retired and (unit.ordinal, group) not in commits
-    }
-    replaced = _replaced(store)
+    # Not those of retired units: one that comes back has the same id, and may be at work by now.
+    settled = {(commit.unit, group) for (ordinal, group), commit in commits.items() if ordinal not in retired}
     records = sorted(_listed(store, ANNOTATIONS), key=lambda entry: entry.name)
     annotated, superseded = _annotations(store, records)
     for entry in records[:-1]:
@@ -160,8 +158,7 @@ def _garbage(
             place = match["unit"], int(match["group"])
             own = attempts.get(place, {}).get(match["attempt"])
             if own is None:
-                dead = place not in open_ and place in attempts
-                yield entry, dead or now - entry.modified >= unfinished
+                yield entry, place in settled or now - entry.modified >= unfinished
             elif own in retired:
                 yield entry, True
             elif match["kind"] in REPLACED and own in since:
@@ -222,9 +219,9 @@ def _merged_in_use(store: Store, found: Contents) -> tuple[set[str], list[Run]]:
     return needed, read_runs(store, found.snapshot.runs)
 
 
-def _covered_since(runs: Iterable[Run], manifests: dict[str, Entry]) -> dict[int, float]:
-    """When each unit's rows came to be in a run, by ordinal."""
-    return {ordinal: manifests[run.name].modified for run in runs for ordinal in unpack(run.units).tolist()}
+def _covered_since(runs: Iterable[Run], published: dict[str, float], now: float) -> dict[int, float]:
+    """When each unit's rows came to be in a run that readers know of, by ordinal."""
+    return {ordinal: published.get(run.name, now) for run in runs for ordinal in unpack(run.units).tolist()}
 
 
 def _annotations(store: Store, records: Sequence[Entry]) -> tuple[set[str], dict[str, float]]:
@@ -235,9 +232,20 @@ def _annotations(store: Store, records: Sequence[Entry]) -> tuple[set[str], dict
     return newest, {path: records[i + 1].modified for path, i in last.items() if path not in newest}
 
 
-def _replaced(store: Store) -> dict[str, float]:
-    """When the manifests that snapshots named, and the newest does not name any more, were replaced."""
+def _snapshots(store: Store) -> tuple[dict[str, float], dict[str, float]]:
+    """When manifests were first named by a snapshot that is left, and when by none any more.
+
+    Ranges are merged some at a time and published together: a manifest may be much older than its snapshot.
+    """
     entries = sorted(_listed(store, SNAPSHOTS), key=lambda entry: entry.name)
     heads = objects(store, [entry.name for entry in entries])
-    last = {name: i for i, head in enumerate(heads) for name in (*head["runs"], *head["nodes"])}
-    return {name: entries[i + 1].modified for name, i in last.items() if i + 1 < len(entries)}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for i, head in enumerate(heads):
+        for name in (*head["runs"], *head["nodes"]):
+            first.setdefault(name, i)
+            last[name] = i
+    return (
+        {name: entries[i].modified for name, i in first.items()},
+        {name: entries[i + 1].modified for name, i in last.items() if i + 1 < len(entries)},
+    )

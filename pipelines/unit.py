@@ -27,6 +27,7 @@ import pyarrow as pa
 import torch
 
 from pipelines import logs, staging
+from pipelines.age import Age
 from pipelines.background import BackgroundWriter
 from pipelines.chunks import (
     Captured,
@@ -162,7 +163,7 @@ class Scanner:
         logs.tell("unit_started", **logs.of(work))
         self.load(work.group)
         self.watch.lap("load")
-        started, began = time.time(), time.monotonic()
+        started, age = time.time(), Age()
         poison: dict[int, str] = {}
         while (done := self._attempt(work, poison)) is None:
             pass
@@ -187,7 +188,7 @@ class Scanner:
         crash("before-commit")
         check_unchanged(work.file, work.unit.digest)
         self._check_groups(commit, work)
-        if time.monotonic() - began > MAX_AGE:
+        if age.seconds > MAX_AGE:
             raise TimeoutError(f"{work.unit.path}: the unit took over {MAX_AGE / 3600:.0f} h, so `gc` might "
                                "take its files for left over; it is scanned again")  # fmt: skip
         ledger = Ledger(self.store)

@@ -103,7 +103,7 @@ WITH means AS (
 SELECT
     d.sae, d.suite, d.model, d.site, d.layer, d.architecture, d.d_in, d.width, d.nominal_l0,
     t.n_active / nullif(t.n_tokens, 0) AS measured_l0,
-    CASE WHEN t.squares - m.squared_sum / t.sample_tokens > 0
+    CASE WHEN t.squares - m.squared_sum / nullif(t.sample_tokens, 0) > 0
         THEN t.error / (t.squares - m.squared_sum / t.sample_tokens) END AS fvu,
     coalesce(t.n_tokens, 0) AS n_tokens,
     d.keep, d.activation_convention, d.trained_on, d.neuronpedia, d.fingerprint, d.uri

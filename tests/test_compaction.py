@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +28,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import queries
-from pipelines import compaction, contents, gc, snapshots, upkeep
+from pipelines import compaction, contents, gc, snapshots, unit, upkeep
+from pipelines.executors.base import Attempted
+from pipelines.ledger import Ledger
 from pipelines.ordinals import InOrder, between
 from pipelines.storage import Store
 from queries import lookup
-from sae_runtime.errors import DataError
+from queries.verify import verify
+from sae_runtime.errors import CorpuscopeError, DataError
 
 ROOT = Path(__file__).parent.parent
 UNITS = 24
@@ -362,11 +366,21 @@ def test_spans_of_ordinals(ordinals: list[int], first: int, stop: int) -> None:
     assert between(np.array(sorted(ordinals), np.int64), first, stop).tolist() == sorted(wanted)
 
 
-def test_what_is_too_old_is_not_published(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_too_old_is_not_published_and_not_made_again(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compaction, "MAX_AGE", 0.0)
+    monkeypatch.setattr(compaction, "FAN", UNITS + 1)  # nothing is due in tiers
+    merges: list[int] = []
+
+    def perform(tasks: Any) -> Any:
+        assert len(merges) < 4, "the same work again and again"
+        merges.append(len(tasks))
+        return compaction.perform_here(tasks)
+
     store = Store(str(index))
-    found = contents.contents(store)
-    assert compaction.execute(found, compaction.RunJob(1, (), found.own[:4])) is None
+    with pytest.raises(CorpuscopeError, match="took over"):
+        compaction.compact(store, perform)
     assert snapshots.newest(store) == snapshots.NONE
 
 
@@ -602,3 +616,175 @@ def test_inputs_that_another_compaction_replaced_are_no_damage(
     found = contents.contents(store)
     with pytest.raises((DataError, FileNotFoundError), match="activations"):
         compaction.execute(found, compaction.RunJob(compaction.TOP, found.runs, found.own))
+
+
+@pytest.fixture
+def growing(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any], tiny_corpus: Path,
+    few: list[dict[str, str]],
+) -> Callable[[str], None]:  # fmt: skip
+    """An index of six files, and a function that takes a file away, or brings it back, and scans again."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name in sorted(f.name for f in tiny_corpus.iterdir())[:6]:
+        shutil.copy(tiny_corpus / name, corpus / name)
+    spec = write_spec(tmp_path, corpus={"uri": "corpus/*.jsonl"}, saes=few)
+    scan_inline(spec)
+
+    def toggle(name: str) -> None:
+        if (corpus / name).exists():
+            (corpus / name).unlink()
+        else:
+            shutil.copy(tiny_corpus / name, corpus / name)
+        assert not scan_inline(spec, allow_removal=True).failed
+
+    return toggle
+
+
+def test_a_unit_that_comes_back_while_gc_looks_keeps_its_files(
+    tmp_path: Path, growing: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was given up, and has the id of then: what is written for it is no lost attempt's."""
+    store = Store(str(tmp_path / "index"))
+    growing("part_01.jsonl")
+    assert gc.collect(store, readers=0).retired == 1
+    look = gc._annotations
+
+    def late(*given: Any) -> Any:  # the index has been resolved, its data are not listed yet
+        growing("part_01.jsonl")
+        return look(*given)
+
+    monkeypatch.setattr(gc, "_annotations", late)
+    gc.collect(store)
+    assert not verify(store.uri).faults
+
+
+def test_a_unit_that_was_dropped_once_more_waits_once_more(
+    tmp_path: Path, growing: Callable[[str], None]
+) -> None:
+    index = tmp_path / "index"
+    for _ in range(2):
+        growing("part_01.jsonl")
+    for file in (index / "plans").iterdir():
+        os.utime(file, (1, 1))
+    growing("part_01.jsonl")
+    assert gc.collect(Store(str(index))).retired == 0, "queries that began before it may read it"
+    os.utime(index / "plans" / "000003.json", (1, 1))
+    assert gc.collect(Store(str(index))).retired == 1
+
+
+def test_what_a_slow_batch_replaced_stays_for_readers(
+    index: Path, wanted: dict[str, list[tuple[Any, ...]]]
+) -> None:
+    """The first of its manifests is older than readers are waited for when the snapshot names it."""
+    store = Store(str(index))
+
+    def slow(tasks: Any) -> Any:
+        for file in (index / "manifests").glob("*.json"):
+            os.utime(file, (1, 1))
+        return compaction.perform_here(tasks)
+
+    before = queries.connect(str(index))
+    found = contents.contents(store)
+    assert compaction.settle(store, found.registered, 1, [(0, 4), (4, 8)], slow).runs == 2
+    assert gc.collect(store).removed == 0
+    assert before.sql("SELECT * FROM documents ORDER BY ALL").fetchall() == wanted["documents"]
+
+
+def test_a_run_whose_units_were_all_given_up_is_in_nobodys_way(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "FAN", 2)
+    store = Store(str(index))
+    for first in (0, 2):
+        found = contents.contents(store)
+        assert compaction.settle(store, found.registered, 1, [(first, first + 2)]).runs == 1
+    newest = found.plans[-1]
+    dropped = replace(newest, run=2, files=newest.files[4:], units=(), dropped=((0, 4),))
+    assert Ledger(store).add_plan(dropped)
+    assert gc.collect(store, readers=0).retired == 4
+    assert compaction.settle(store, contents.contents(store).registered, 2, [(0, 4)]).runs == 1
+    assert [run.units for run in contents.contents(store).runs] == [()]
+    wanted = tiny.views(index)
+    compaction.compact(store)
+    same(index, wanted)
+    assert not verify(store.uri).faults
+
+
+def test_units_that_are_given_up_while_they_are_merged(
+    tmp_path: Path, growing: Callable[[str], None]
+) -> None:
+    store = Store(str(tmp_path / "index"))
+    going = ["part_05.jsonl"]
+
+    def perform(tasks: Any) -> Any:
+        if going:
+            growing(going.pop())
+            assert gc.collect(store, readers=0).retired == 1
+        return compaction.perform_here(tasks)
+
+    compaction.compact(store, perform)
+    found = contents.contents(store)
+    assert (len(found.shown), len(found.own), len(found.runs)) == (5, 0, 1)
+    assert not verify(store.uri).faults
+
+
+def test_a_machine_that_slept_publishes_nothing(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its monotonic clock stood still; elsewhere a gc has taken the files for left over."""
+    store = Store(str(index))
+    found = contents.contents(store)
+    now = time.time
+
+    def sleeping(tasks: Any) -> Any:
+        done = compaction.perform_here(tasks)
+        monkeypatch.setattr(time, "time", lambda: now() + gc.UNFINISHED)
+        return done
+
+    with pytest.raises(CorpuscopeError, match="took over"):
+        compaction.execute(found, compaction.RunJob(1, (), found.own[:4]), sleeping)
+    assert snapshots.newest(store) == snapshots.NONE
+
+
+def test_a_machine_that_slept_commits_nothing(
+    tmp_path: Path, write_spec: Callable[..., Path], scan_inline: Callable[..., Any],
+    few: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The unit is scanned again."""
+    now, slept = time.time, [0.0]
+    check = unit.check_unchanged
+
+    def sleeping(*given: Any) -> None:
+        slept[0] = slept[0] or gc.UNFINISHED
+        check(*given)
+
+    monkeypatch.setattr(time, "time", lambda: now() + slept[0])
+    monkeypatch.setattr(unit, "check_unchanged", sleeping)
+    spec = write_spec(tmp_path, corpus={"limit": 2}, saes=few)
+    told: list[Any] = []
+    assert not scan_inline(spec, observe=told.append).failed
+    assert [event.kind for event in told if isinstance(event, Attempted)] == ["infra"]
+    assert not verify(str(tmp_path / "index")).faults
+
+
+def test_a_snapshot_that_comes_after_its_number_was_removed_replaces_nothing(
+    index: Path, wanted: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it would have replaced is in use, and would be removed by whoever thinks that it holds."""
+    store = Store(str(index))
+    publish = compaction.publish
+
+    def late(store: Store, snapshot: snapshots.Snapshot) -> bool:
+        monkeypatch.setattr(compaction, "publish", publish)
+        for first in (8, 12, 16):
+            rival = compaction.RunJob(1, (), np.arange(first, first + 4))
+            assert compaction.execute(contents.contents(store), rival) is not None
+        for name in store.entries("snapshots")[:-1]:
+            store.remove([f"snapshots/{name}"])
+        return publish(store, snapshot)
+
+    monkeypatch.setattr(compaction, "publish", late)
+    done = compaction.execute(contents.contents(store), compaction.RunJob(1, (), np.arange(4)))
+    assert done is not None
+    assert len(contents.contents(store).runs) == 4
+    store.remove(done.replaced)
+    same(index, wanted)

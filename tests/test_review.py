@@ -126,3 +126,10 @@ def test_a_limit_that_is_lowered_says_that_documents_stay(tmp_path, write_spec, 
     said: list[str] = []
     scan_inline(write_spec(tmp_path, corpus={**source, "limit": 2}), notice=said.append)
     assert said == ["note: corpus[0].limit is 2; the 8 documents indexed stay"]
+
+
+def test_the_error_of_an_sae_that_saw_no_token_is_null(tmp_path, write_spec, scan_inline, few):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": ""}))
+    scan_inline(write_spec(tmp_path, corpus={"uri": "a.jsonl", "id": None, "metadata": []}, saes=few))
+    found = queries.connect(str(tmp_path / "index")).sql("SELECT n_tokens, measured_l0, fvu FROM saes")
+    assert found.fetchall() == [(0, None, None)] * 2
