@@ -212,13 +212,26 @@ def test_annotations_are_shown(tiny_index: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_hostile_gets_through(hostile_index: hostile.Hostile) -> None:
+    tokens = ""
+    con = queries.connect(str(hostile_index.index))
     for sae in hostile_index.saes:
-        html = report([str(hostile_index.index)], Wanted(sae, limit=40, contexts=20)).html
+        live = con.execute(
+            "SELECT feature FROM top_contexts JOIN contexts USING (context) JOIN vocabulary "
+            "ON list_contains(tokens, token) WHERE sae = ? AND text IN (SELECT unnest(?)) "
+            "GROUP BY feature ORDER BY max(length(text)) DESC, feature",
+            [sae, list(hostile.TOKENS)],
+        ).fetchall()
+        assert live
+        chosen = [(sae, feature) for (feature,) in live[:12]]
+        html = report([str(hostile_index.index)], Wanted(sae, chosen, limit=5, contexts=4)).html
         found = look(html)
         assert not found.problems
         assert "3703701" not in found.text
         assert hostile.shown(sae) in found.text
         assert hostile.shown(sae).replace("\n", " ") in found.title
-        assert "characters more" in found.tokens
         assert len(html) < 8_000_000
         assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)
+        tokens += found.tokens
+    assert f"… {hostile.LONG - 2000:,} characters more" in tokens
+    for token in hostile.TOKENS[1:]:
+        assert hostile.shown(token) in tokens
