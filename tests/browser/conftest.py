@@ -58,7 +58,7 @@ def hostile_site(hostile_index: hostile.Hostile) -> Iterator[Site]:
 
 @pytest.fixture
 def window(chromium: Any) -> Iterator[Callable[..., Window]]:
-    """`window(site)` is a new window on an explorer, with nothing remembered; faults fail the test at its end."""
+    """`window(site)` is a new window, with nothing remembered; what went wrong in it fails the test."""
     made: list[tuple[Any, Window]] = []
 
     def make(base: str | Site, **settings: Any) -> Window:
@@ -75,6 +75,7 @@ def window(chromium: Any) -> Iterator[Callable[..., Window]]:
                 route.abort()
 
         context.route("**/*", routed)
+        context.set_default_timeout(20_000)
         page = found.page
         page.on(
             "console",

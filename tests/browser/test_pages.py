@@ -65,7 +65,8 @@ def headings(window: Window) -> None:
 UNNAMED = """() => [...document.querySelectorAll("input, select, textarea, button, a[href], summary")]
   .filter((each) => each.checkVisibility() && each.type !== "hidden")
   .filter((each) => !(each.labels?.length || each.getAttribute("aria-label")
-    || each.getAttribute("aria-labelledby") || each.textContent.trim() || (each.type === "submit" && each.value)))
+    || each.getAttribute("aria-labelledby") || each.textContent.trim()
+    || (each.type === "submit" && each.value)))
   .map((each) => each.outerHTML.slice(0, 150))"""
 NESTED = """() => document.querySelectorAll(
   "a a, a button, button a, label label, form form, p div, table table").length"""
@@ -176,7 +177,7 @@ def test_a_report_opens_from_a_file(
         "svg", "all => all.map((each) => each.getBoundingClientRect().width)"
     )
     assert min(sizes) > 200
-    shaded = here.page.locator(".t[title]").first
+    shaded = here.page.locator(".contexts .t[title]").first
     assert float(shaded.get_attribute("title")) != 0
     assert shaded.evaluate("(each) => getComputedStyle(each).backgroundColor") != "rgba(0, 0, 0, 0)"
     ink = here.page.evaluate(
