@@ -3,14 +3,14 @@
     python benchmarks/explorer.py [--rows 1e8] [--saes 16] [--documents 1e5] [--uncompacted] [--index URI]
 
 The index is `synthetic.py`'s, made once and kept in out/bench/explorer; --index asks another one. The
-application runs in this process and is asked over ASGI, so that neither a socket nor a browser is timed; times are the
-pages' own (`Server-Timing`). Invariant: no page is named here. They are found by following links from the first
-one, from pages about features at the 10th, 50th and 99th percentile of density and about short and long documents,
-and every path that the application has is asked once without a question.
+application runs in this process and is asked over ASGI, so that neither a socket nor a browser is timed;
+times are the pages' own (`Server-Timing`). Invariant: no page is named here. They are found by following
+links from the first one, from pages about features at the 10th, 50th and 99th percentile of density and about
+documents of middle and full length, and every path that the application has is asked once without a question.
 
-*First* is a page as the first one after the index was opened (files in the file cache), *again* the median of
-later visits to it; both the worst of the addresses of a path. A page that answers a person's own question (SQL,
-a recipe, a comparison, a text) has no bar but for its form, as it takes what the question takes.
+*First* is a page as the first one after the index was opened (files in the file cache), *again* the median
+of later visits to it; both the worst of the addresses of a path. A page that answers a person's own question
+(SQL, a recipe, a comparison, a text) has no bar but for its form, as it takes what the question takes.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ def table(found: Found) -> str:
     """For people: the worst of each path."""
     lines = [
         f"{found['hardware']['date']}  {found['hardware']['processor']}, {os.cpu_count()} cores, load "
-        f"{found['load']:.1f}; {found['rows']:,} rows, {found['saes']} SAEs, {found['documents']:,} documents; "
-        f"opening {found['open_ms']:,.0f} ms",
+        f"{found['load']:.1f}; {found['rows']:,} rows, {found['saes']} SAEs, "
+        f"{found['documents']:,} documents; opening {found['open_ms']:,.0f} ms",
         "",
         ("{:30}" + "{:>11}" * 5).format("worst of", "addresses", "first", "again", "queries", "kB"),
     ]
