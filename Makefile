@@ -1,15 +1,17 @@
 # make demo   a scan of the Python manual and standard library by SmolLM2, then what fired
 # make test   lint, types and the default tests
 # Both build .venv first; a second call re-uses it.
+# make browser  the explorer's pages in a real Chromium; screenshots in out/screenshots
 # make bench  our scan against its floor, a careful script and delphi; tables and plots in out/bench
 # make peers  compares our readers with the publishers' own libraries, in .venv-peers
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+BROWSER := .venv/.browser
 PEERS := .venv-peers/.ready
 BENCH := out/bench/peers/.ready
 
-.PHONY: env demo test lint format gpu bench peers clean
+.PHONY: env demo test browser lint format gpu bench peers clean
 
 env: $(READY)
 
@@ -30,6 +32,15 @@ demo: $(READY)
 test: $(READY) lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python -m pytest -m cluster
+
+$(BROWSER): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group browser
+	touch $(BROWSER)
+
+# Chromium is the system's, or $$CHROMIUM: Playwright's own would be a download of its own.
+browser: $(BROWSER)
+	bash .ci/chromium
+	$(BIN)/python -m pytest -m browser tests/browser
 
 lint: $(READY)
 	$(BIN)/ruff check .

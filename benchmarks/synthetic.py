@@ -47,7 +47,8 @@ from sae_runtime.sites import Site
 from sae_runtime.summaries import Chunk, Summary, place_hash
 
 VERSION = 1  # of what is drawn: raise it with any change, and indexes are made anew
-SAE = "synthetic-res/layer_12/width_{width}"
+SAE = "synthetic-res/layer_{layer}/width_{width}"
+LAYER = 12  # of the first SAE; others are at the layers after it
 LENGTH = 256  # of a context
 DOCUMENT = 125  # counted tokens of one, on average; lognormal
 UNIT_TOKENS = 1 << 16  # as a CPU's units have
@@ -67,17 +68,19 @@ _SEGMENT_ROWS = 1 << 24
 class Shape:
     """What is drawn; part of the index's name."""
 
-    rows: int  # of activations, about
+    rows: int  # of activations of one SAE, about
     width: int
     units: int
     l0: float = 80.0
     seed: int = 1
+    n_saes: int = 1
 
     @classmethod
-    def of(cls, rows: float, width: int = 16384, units: int = 0, l0: float = 80.0) -> Shape:
+    def of(cls, rows: float, width: int = 16384, units: int = 0, l0: float = 80.0, n_saes: int = 1) -> Shape:
         """`units` 0: as many as a scan on a CPU makes."""
         tokens = max(int(rows / l0), DOCUMENT)
-        return cls(int(rows), width, min(units or -(-tokens // UNIT_TOKENS), -(-tokens // DOCUMENT)), l0)
+        units = min(units or -(-tokens // UNIT_TOKENS), -(-tokens // DOCUMENT))
+        return cls(int(rows), width, units, l0, n_saes=n_saes)
 
     @property
     def documents(self) -> int:
@@ -88,17 +91,21 @@ class Shape:
         """A folder's name."""
         rows = f"{self.rows:.3g}".replace("e+0", "e")
         drawn = f"l0-{self.l0:g}-seed{self.seed}-v{VERSION}.{FORMAT}"
-        return f"{rows}x{self.width}-{self.units}units-{drawn}"
+        several = f"{self.n_saes}saes-" if self.n_saes > 1 else ""
+        return f"{several}{rows}x{self.width}-{self.units}units-{drawn}"
 
     @property
-    def sae(self) -> SaeInfo:
+    def saes(self) -> list[SaeInfo]:
+        return [self._sae(LAYER + n) for n in range(self.n_saes)]
+
+    def _sae(self, layer: int) -> SaeInfo:
         return SaeInfo(
-            id=SAE.format(width=self.width),
+            id=SAE.format(layer=layer, width=self.width),
             suite="synthetic-res",
-            path=f"layer_12/width_{self.width}",
+            path=f"layer_{layer}/width_{self.width}",
             format="gemma_scope",
             files=("synthetic",),
-            site=Site(12, "resid_post"),
+            site=Site(layer, "resid_post"),
             out=None,
             architecture="jumprelu",
             d_in=2304,
@@ -152,9 +159,12 @@ def _tell(words: str) -> None:
 
 def _register(store: Store, shape: Shape) -> None:
     """index.json, vocabulary and plan."""
-    sae = shape.sae
-    record = {k: v for k, v in asdict(sae).items() if k not in ("path", "files", "out", "options")}
-    record |= {"uri": sae.uri, "site": "model.layers.12.output", "layer": 12, "fingerprint": "synthetic"}
+    saes = shape.saes
+    records = []
+    for sae in saes:
+        record = {k: v for k, v in asdict(sae).items() if k not in ("path", "files", "out", "options")}
+        site, layer = f"model.layers.{sae.site.layer}.output", sae.site.layer
+        records.append(record | {"uri": sae.uri, "site": site, "layer": layer, "fingerprint": "synthetic"})
     fixed = {
         "model": "synthetic",
         "model.dtype": "bfloat16",
@@ -168,15 +178,15 @@ def _register(store: Store, shape: Shape) -> None:
         "top_k": 20,
         "sample_k": 10,
         "metadata": METADATA,
-        "saes": {sae.id: "synthetic at model.layers.12.output, keep tokens"},
+        "saes": {each["id"]: f"synthetic at {each['site']}, keep tokens" for each in records},
     }
     identity = {
         "format": FORMAT,
         "fixed": fixed,
         "model": "synthetic",
-        "groups": [[sae.id]],
+        "groups": [[sae.id for sae in saes]],
         "duplicates": {},
-        "saes": [record],
+        "saes": records,
     }
     ledger = Ledger(store)
     ledger.create(identity)
@@ -216,9 +226,9 @@ def _vocabulary() -> pa.Table:
 # --- what is drawn
 
 
-def features(shape: Shape) -> Features:
-    """Shares and rates whose products are lognormal densities that add up to `l0`."""
-    rng = np.random.default_rng((shape.seed, 0))
+def features(shape: Shape, sae: int = 0) -> Features:
+    """Shares and rates of the n-th SAE, whose products are lognormal densities that add up to `l0`."""
+    rng = np.random.default_rng((shape.seed, 0, sae) if sae else (shape.seed, 0))
     density = np.exp(rng.normal(0, SPREAD, shape.width))
     density[rng.random(shape.width) < DEAD] = 0
     for _ in range(20):  # cutting the densest ones off takes from the sum
@@ -308,16 +318,13 @@ def _uniform(bits: np.uint64) -> float:
 
 def _write_unit(uri: str, shape: Shape, ordinal: int) -> None:
     """Draw, write and commit a unit."""
-    sae, unit, rule = shape.sae, _unit(shape, ordinal), _RULE
+    unit, rule = _unit(shape, ordinal), _RULE
     rng = np.random.default_rng((shape.seed, 3, ordinal))
-    behave = features(shape)
     size = lengths(shape)[unit.start : unit.stop]
     lang = languages(shape)[unit.start : unit.stop]
     writer = UnitWriter(Store(uri), unit.unit, 0, uuid.uuid4().hex[:8], METADATA)
-    summary = Summary.empty(sae.id, sae.width, 20, 10)
-    blocks: list[tuple[Sparse, np.ndarray]] = []
-    ended: list[Any] = []
-    held = local = 0
+    local = 0
+    chunks: list[_Drawn] = []
     cuts = np.flatnonzero(np.diff(np.cumsum(size) // CHUNK_TOKENS, prepend=0)) + 1
     for first, stop in zip(np.r_[0, cuts], np.r_[cuts, len(size)], strict=True):
         if first == stop:
@@ -325,36 +332,30 @@ def _write_unit(uri: str, shape: Shape, ordinal: int) -> None:
         own = size[first:stop]
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(own)])
         ids = np.minimum(TOKENS ** rng.random(starts[-1]), TOKENS - 1).astype(np.int32)
-        sparse = _block(behave, starts, lang[first:stop] == 0, np.uint64(rng.integers(1 << 63)))
+        seed = int(rng.integers(1 << 63))
         windows = [
             (int(first) + n, window)
             for n, (a, b) in enumerate(pairwise(starts))
             for window in contexts(ids[a:b], rule)
         ]
         chunk = _chunk(unit, windows, local, ids)
-        ended.append(summary.update(sparse, chunk))
-        keys = (chunk.context.astype(np.int64) + key(ordinal)) * LENGTH + chunk.position
-        blocks.append((sparse, keys))
+        chunks.append((chunk, starts, lang[first:stop] == 0, seed))
         _write_contexts(writer, ordinal, windows, chunk)
-        held, local = held + sparse.rows, local + len(windows)
-        if held >= _SEGMENT_ROWS:
-            Rows(sae, blocks, ended).write(writer, ordinal)
-            blocks, ended, held = [], [], 0
-    Rows(sae, blocks, ended).write(writer, ordinal)
-    write_summary(writer, sae, summary, ordinal)
-    counted, active = int(size.sum()), int(summary.counts.tokens.sum())
-    moments = Moments(0).columns(0.0)
-    writer.write(
-        "saes",
-        {
-            "sae": [sae.id],
-            "unit": [ordinal],
-            "n_tokens": [counted],
-            "n_active": [active],
-            "sample_tokens": [0],
-        }
-        | moments,
-    )
+        local += len(windows)
+    active = [_write_sae(writer, shape, n, ordinal, chunks) for n in range(shape.n_saes)]
+    counted = int(size.sum())
+    for sae, rows in zip(shape.saes, active, strict=True):  # one SAE a call, as a scan does
+        writer.write(
+            "saes",
+            {
+                "sae": [sae.id],
+                "unit": [ordinal],
+                "n_tokens": [counted],
+                "n_active": [rows],
+                "sample_tokens": [0],
+            }
+            | Moments(0).columns(0.0),
+        )
     _write_documents(writer, unit, size, lang)
     files = writer.close()
     commit = Commit(
@@ -363,6 +364,30 @@ def _write_unit(uri: str, shape: Shape, ordinal: int) -> None:
         started=float(ordinal), finished=float(ordinal + 1), device="cpu", files=files,
     )  # fmt: skip
     Ledger(Store(uri)).commit(commit)
+
+
+_Drawn = tuple[Chunk, np.ndarray, np.ndarray, int]  # a chunk, its documents' starts, which are en, a seed
+
+
+def _write_sae(writer: UnitWriter, shape: Shape, n: int, ordinal: int, chunks: list[_Drawn]) -> int:
+    """Draw and write what the n-th SAE has in a unit; how many rows."""
+    sae, behave = shape.saes[n], features(shape, n)
+    summary = Summary.empty(sae.id, sae.width, 20, 10)
+    blocks: list[tuple[Sparse, np.ndarray]] = []
+    ended: list[Any] = []
+    held = 0
+    for chunk, starts, english, seed in chunks:
+        sparse = _block(behave, starts, english, np.uint64((seed + n * 0x9E3779B97F4A7C15) % (1 << 64)))
+        ended.append(summary.update(sparse, chunk))
+        keys = (chunk.context.astype(np.int64) + key(ordinal)) * LENGTH + chunk.position
+        blocks.append((sparse, keys))
+        held += sparse.rows
+        if held >= _SEGMENT_ROWS:
+            Rows(sae, blocks, ended).write(writer, ordinal)
+            blocks, ended, held = [], [], 0
+    Rows(sae, blocks, ended).write(writer, ordinal)
+    write_summary(writer, sae, summary, ordinal)
+    return int(summary.counts.tokens.sum())
 
 
 def _block(behave: Features, starts: np.ndarray, english: np.ndarray, seed: np.uint64) -> Sparse:

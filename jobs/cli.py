@@ -41,6 +41,7 @@ from jobs.output import (
     uris,
 )
 from jobs.recipes import recipe, recipes
+from jobs.report import report
 from jobs.schedule import schedule
 from jobs.submit import submit
 from sae_runtime.errors import QUARANTINED, CorpuscopeError, InputError, one_line
@@ -508,6 +509,7 @@ cli.add_command(schedule)
 cli.add_command(submit)
 cli.add_command(jobs)
 cli.add_command(explore)
+cli.add_command(report)
 
 
 def _write_parquet(result: Any, output: str) -> None:

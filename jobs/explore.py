@@ -5,6 +5,8 @@ Invariant: it listens on the loopback address alone.
 
 from __future__ import annotations
 
+import signal
+
 import click
 
 from jobs.output import message, uris
@@ -48,8 +50,15 @@ def explore(index: str, port: int, timeout: float) -> None:
         listening.bind((HOST, port))
     except OSError as error:
         raise InputError(f"--port {port}: {error.strerror}; --port 0 takes a free one") from None
+    listening.listen()  # so that the address is not told before it answers
     message(f"http://{HOST}:{listening.getsockname()[1]}/  (Ctrl-C ends it)")
     server = uvicorn.Server(
         uvicorn.Config(application(session), log_level="warning", access_log=False, server_header=False)
     )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)  # which the server, once it has closed, raises again
     server.run(sockets=[listening])
+
+
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(0)

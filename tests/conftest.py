@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import families
+import hostile
 import tiny
 import yaml
 
@@ -158,3 +159,15 @@ def few_index(
     spec = write_spec(tmp_path_factory.mktemp("few"), saes=few)
     assert not scan_inline(spec).failed
     return spec.parent / "index"
+
+
+@pytest.fixture(scope="session")
+def hostile_index(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    tiny_suites: Path,
+    write_spec: Callable[..., Path],
+    scan_inline: Callable[..., Any],
+) -> hostile.Hostile:
+    """An index whose every text and name means harm (tests/hostile.py), scanned once. Read only."""
+    return hostile.make(tmp_path_factory.mktemp("harm"), tiny_model, tiny_suites, write_spec, scan_inline)

@@ -202,4 +202,9 @@ def _data(value: Any) -> Any:
     return Markup(to_json(value))
 
 
+def template(name: str) -> jinja2.Template:
+    """A template by its file's name."""
+    return _templates.get_template(name)
+
+
 _templates = _environment()
