@@ -28,7 +28,8 @@ def chromium() -> Iterator[Any]:
     """The browser."""
     from playwright.sync_api import sync_playwright
 
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
+    named = [os.environ["CHROMIUM"]] if os.environ.get("CHROMIUM") else _NAMES
+    path = next(filter(None, map(shutil.which, named)), None)
     assert path, f"no Chromium: set CHROMIUM, or install one of {', '.join(_NAMES)}"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path)
