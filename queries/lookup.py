@@ -197,11 +197,11 @@ def feature_table(con: duckdb.DuckDBPyConnection, sae: str, sort: str, limit: in
         f"ORDER BY {'abs(max)' if column == 'max' else column} {direction} NULLS LAST, feature LIMIT $2",
         [sae, limit],
     )
-    examples = _examples(con, sae, [row["feature"] for row in found if row["n_tokens"]])
-    return [{**row, "example": examples.get(row["feature"])} for row in found]
+    texts = examples(con, sae, [row["feature"] for row in found if row["n_tokens"]])
+    return [{**row, "example": texts.get(row["feature"])} for row in found]
 
 
-def _examples(con: duckdb.DuckDBPyConnection, sae: str, features: list[int]) -> dict[int, str]:
+def examples(con: duckdb.DuckDBPyConnection, sae: str, features: list[int]) -> dict[int, str]:
     """The tokens around each feature's highest activation, which stands in brackets."""
     if not features:
         return {}
@@ -215,8 +215,8 @@ def _examples(con: duckdb.DuckDBPyConnection, sae: str, features: list[int]) -> 
         """,
         [sae, features, *_EXAMPLE],
     )
-    spelling = _spelling(con, contexts)
-    return {row["feature"]: _marked(row, spelling) for row in contexts}
+    spelt = spelling(con, contexts)
+    return {row["feature"]: _marked(row, spelt) for row in contexts}
 
 
 def _marked(context: dict[str, Any], spelling: dict[int, bytes]) -> str:
@@ -235,7 +235,7 @@ def feature(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> di
         raise InputError(f"feature: {sae} has features 0 to {width - 1}, not {number}")
     [found] = rows
     found["contexts"] = _top(con, sae, number, k)
-    _spell(con, found["contexts"])
+    spell(con, found["contexts"])
     return found | _annotated(con, sae, number)
 
 
@@ -352,7 +352,7 @@ def _rows_of(
     return [(row["token"], row["activation"]) for row in found]
 
 
-def _spelling(con: duckdb.DuckDBPyConnection, contexts: Sequence[dict[str, Any]]) -> dict[int, bytes]:
+def spelling(con: duckdb.DuckDBPyConnection, contexts: Sequence[dict[str, Any]]) -> dict[int, bytes]:
     wanted = np.array(sorted({token for context in contexts for token in context["tokens"]}), np.int64)
     known, spelt = _vocabulary(con)
     places = np.searchsorted(known, wanted)
@@ -379,14 +379,14 @@ def _vocabulary(con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, pa.ChunkedA
     return _vocabularies[con]
 
 
-def _spell(con: duckdb.DuckDBPyConnection, contexts: list[dict[str, Any]]) -> None:
+def spell(con: duckdb.DuckDBPyConnection, contexts: list[dict[str, Any]]) -> None:
     """Replace token ids by [text, activation] pieces; multi-byte characters are joined truthfully."""
-    spelling = _spelling(con, contexts)
+    spelt = spelling(con, contexts)
     for context in contexts:
         first = context.pop("first")
         active = dict(zip(context.pop("positions"), context.pop("values"), strict=True))
         values = [active.get(first + i, 0.0) for i in range(len(context["tokens"]))]
-        pieces = join_pieces([spelling[t] for t in context["tokens"]], values)
+        pieces = join_pieces([spelt[t] for t in context["tokens"]], values)
         context["text"] = "".join(text for text, _ in pieces)
         context["pieces"] = [list(piece) for piece in pieces]
         del context["tokens"]

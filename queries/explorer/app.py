@@ -21,7 +21,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from queries.explorer import compare, documents, feature, overview, sae, sql, text, vega
+from queries.explorer import compare, documents, feature, overview, sae, sql, vega
 from queries.explorer.session import Session
 
 HOSTS = ("127.0.0.1", "localhost")
@@ -42,11 +42,7 @@ def application(session: Session) -> Starlette:
     """The explorer of a session."""
     app = Starlette(
         routes=[
-            *(
-                route
-                for room in (overview, sae, feature, documents, text, compare, sql)
-                for route in room.ROUTES
-            ),
+            *(route for room in (overview, sae, feature, documents, compare, sql) for route in room.ROUTES),
             Route("/vega.js", _vega, methods=["GET"]),
             Mount("/static", StaticFiles(directory=_STATIC)),
         ],

@@ -64,10 +64,54 @@ def themed(chart: Any, colours: dict[str, str]) -> Any:
     return chart
 
 
-# --- overview
-
 # --- sae
 
-# --- feature
+
+def feature_points(
+    rows: Sequence[dict[str, Any]], density: Sequence[float | None], maximum: Sequence[float | None]
+) -> Chart:
+    """Features by density and |maximum|, both logarithmic; `brush` selects: both spans, at first."""
+    brush: Chart = {"name": "brush", "select": {"type": "interval", "mark": {"fill": "$strong"}}}
+    if None not in (*density, *maximum):
+        brush["value"] = {"x": list(density), "y": list(maximum)}
+    return {
+        "data": {"values": list(rows)},
+        "params": [brush],
+        "mark": {"type": "point", "filled": True, "size": 14},
+        "encoding": {
+            "x": {"field": "density", "type": "quantitative", "scale": {"type": "log"},
+                  "axis": {"title": "density"}},
+            "y": {"field": "max", "type": "quantitative", "scale": {"type": "log"},
+                  "axis": {"title": "maximum (absolute)"}},
+            "color": {"condition": {"param": "brush", "value": "$accent"}, "value": "$quiet"},
+            "opacity": {"value": 0.7},
+            "tooltip": [{"field": "feature"}, {"field": "density", "format": ".3g"},
+                        {"field": "max", "format": ".4g"}],
+        },
+        "width": "container",
+        "height": 300,
+    }  # fmt: skip
+
 
 # --- compare
+
+
+def volcano(rows: Sequence[dict[str, Any]]) -> Chart:
+    """Effects against -log10 q; what is below 0.05 stands out by colour and shape."""
+    values = [{**row, "found": "q <= 0.05" if row["q"] <= 0.05 else "q > 0.05"} for row in rows]
+    return {
+        "data": {"values": values},
+        "mark": {"type": "point", "filled": True, "size": 22},
+        "encoding": {
+            "x": {"field": "effect", "type": "quantitative", "axis": {"title": "effect (log2 odds ratio)"}},
+            "y": {"field": "height", "type": "quantitative", "axis": {"title": "-log10 q"}},
+            "color": {"field": "found", "type": "nominal", "legend": {"title": None, "orient": "top"},
+                      "scale": {"domain": ["q <= 0.05", "q > 0.05"], "range": ["$strong", "$quiet"]}},
+            "shape": {"field": "found", "type": "nominal", "legend": {"title": None, "orient": "top"},
+                      "scale": {"domain": ["q <= 0.05", "q > 0.05"], "range": ["diamond", "circle"]}},
+            "tooltip": [{"field": "sae"}, {"field": "feature"}, {"field": "effect", "format": ".3g"},
+                        {"field": "q", "format": ".2e"}],
+        },
+        "width": "container",
+        "height": 280,
+    }  # fmt: skip

@@ -1,7 +1,118 @@
-"""The page of a feature: what it is active on, how often, and what is like it."""
+"""The page of a feature: what it is active on, how often, and what is like it.
+
+Invariant: statistics and highest contexts are what `lookup.feature` gives the command of that name; samples
+are those of the view `sampled_contexts`, whole strata at a time.
+"""
 
 from __future__ import annotations
 
-from starlette.routing import Route
+from itertools import groupby
+from typing import Any
 
-ROUTES: list[Route] = []
+from pipelines.schema import NEAR
+from queries import lookup
+from queries.explorer import charts
+from queries.explorer.sae import all_saes
+from queries.explorer.web import Answer, Ask, page
+from queries.relations import name as identifier
+from queries.relations import text
+from sae_runtime.errors import InputError
+
+TOP = 20  # highest contexts that are shown
+_VALUES = 30  # of a metadata column
+_NO_GROUPS = ("document", "id", "row", "n_tokens")  # columns of documents that make no groups
+_SAMPLES = """
+SELECT t.stratum, t.stratum_contexts, t.activation, t.context, t.position, t.positions, t.values,
+    d.document, d.id, d.source, d.row, greatest(t.position - $3, 0) AS first,
+    c.tokens[greatest(t.position - $3, 0) + 1 : t.position + $3 + 1] AS tokens
+FROM sampled_contexts AS t
+JOIN contexts AS c ON c.context = t.context
+JOIN documents AS d ON d.document = c.document
+WHERE t.sae = $1 AND t.feature = $2
+ORDER BY t.stratum DESC, abs(t.activation) DESC, t.context
+"""
+
+
+def feature(ask: Ask) -> Answer:
+    """Values of `feature.html`."""
+    sae, number = ask.sae(), ask.integer("feature")
+    found = lookup.feature(ask.con, sae, number, ask.integer("k", TOP, 1, 1000))
+    [facts] = [row for row in all_saes(ask) if row["sae"] == sae]
+    shades = ask.choice("shades", ("feature", "context"), "feature")
+    contexts = found["contexts"]
+    documents = {
+        row["context"]: row["document"]
+        for row in ask.rows(
+            "SELECT context, document FROM contexts WHERE list_contains($1, context)",
+            [[each["context"] for each in contexts]],
+        )
+    }
+    for each in contexts:
+        each["document"] = documents[each["context"]]
+    samples = ask.rows(_SAMPLES, [sae, number, NEAR])
+    if samples:
+        lookup.spell(ask.con, samples)
+    strata = [
+        {"stratum": stratum, "of": rows[0]["stratum_contexts"], "contexts": rows}
+        for stratum, rows in ((key, list(group)) for key, group in groupby(samples, lambda r: r["stratum"]))
+    ]
+    bins = charts.activation_bins(found["histogram"] or [])
+    columns = [r["column_name"] for r in ask.rows("DESCRIBE documents") if r["column_name"] not in _NO_GROUPS]
+    by = ask.choice("by", columns, columns[0])
+    return {
+        "title": f"{sae} {number}",
+        "found": found,
+        "facts": facts,
+        "highest": max((abs(each["activation"]) for each in contexts), default=0.0),
+        "shades": shades,
+        "strata": strata,
+        "chart": charts.bars(bins, "from", "to", "tokens", "activation (absolute)", "tokens")
+        if bins
+        else None,
+        "columns": columns,
+        "by": by,
+        "groups": _groups(ask, sae, number, by) if facts["keep"] != "none" else None,
+        "statement": f"FROM top({text(sae)}, {number}, {TOP})",
+        "before": number - 1 if number else None,
+        "after": number + 1 if number + 1 < facts["width"] else None,
+    }
+
+
+def _groups(ask: Ask, sae: str, number: int, column: str) -> list[dict[str, Any]]:
+    """Documents by a column's values, and how many of each the feature is active in."""
+    return ask.rows(
+        f"""
+        SELECT d.{identifier(column)}::VARCHAR AS value, count(*) AS documents, count(f.document) AS active,
+            count(f.document) / count(*) AS rate, coalesce(sum(f.n_tokens), 0)::BIGINT AS tokens
+        FROM documents AS d
+        LEFT JOIN (
+            SELECT document, n_tokens FROM document_features WHERE sae = $1 AND feature = $2
+        ) AS f ON f.document = d.document
+        GROUP BY ALL ORDER BY documents DESC, value LIMIT {_VALUES}
+        """,
+        [sae, number],
+    )
+
+
+def cofiring(ask: Ask) -> Answer:
+    """Features that fire in the same documents, of every SAE; on demand, since it may take a second."""
+    from queries.recipe import statement
+
+    sae, number = ask.sae(), ask.integer("feature")
+    if any(each["keep"] == "none" for each in ask.snapshot.saes):
+        raise InputError("co-firing: document rows of an SAE were not kept (`keep: none` of the spec)")
+    sql = statement(ask.con, "cofiring_documents", {"sae": sae, "feature": str(number), "limit": "20"})
+    result = lookup.select(ask.con, sql)
+    return {
+        "title": f"{sae} {number}",
+        "names": lookup.column_names(result),
+        "rows": list(lookup.rows(result)),
+        "sae": sae,
+        "number": number,
+    }
+
+
+ROUTES = [
+    page("/feature", feature, "feature.html"),
+    page("/feature/cofiring", cofiring, "cofiring.html"),
+]

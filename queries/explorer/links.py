@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 
-def to(page: str, **query: Any) -> str:
+def to(page: str, /, **query: Any) -> str:
     """`/page?name=value…`; None and empty values are left out, lists are repeated."""
     pairs = {
         name: value for name, value in query.items() if value is not None and value != "" and value != []
@@ -14,17 +14,17 @@ def to(page: str, **query: Any) -> str:
     return f"/{page}" + (f"?{urlencode(pairs, doseq=True)}" if pairs else "")
 
 
-def sae(name: str, **query: Any) -> str:
+def sae(name: str, /, **query: Any) -> str:
     """The page of an SAE."""
     return to("sae", sae=name, **query)
 
 
-def feature(name: str, number: int, **query: Any) -> str:
+def feature(name: str, number: int, /, **query: Any) -> str:
     """The page of a feature."""
     return to("feature", sae=name, feature=number, **query)
 
 
-def document(key: int, **query: Any) -> str:
+def document(key: int, /, **query: Any) -> str:
     """The page of a document, by its key in the index."""
     return to("document", document=key, **query)
 

@@ -1,7 +1,117 @@
-"""The page of an SAE: its features as a map, as a table, by density."""
+"""The page of an SAE: its features as a map, as a table, by density.
+
+Invariant: the table, the map and the numbers are of the rows of the view `features`; what is brushed on the
+map is a span of densities and of maxima in the address.
+"""
 
 from __future__ import annotations
 
-from starlette.routing import Route
+from typing import Any
 
-ROUTES: list[Route] = []
+from queries import lookup
+from queries.explorer import charts, links
+from queries.explorer.web import Answer, Ask, page
+from queries.relations import literal, text
+from queries.relations import name as identifier
+from sae_runtime.errors import InputError
+
+PAGE = 50  # rows of the table
+_BINS_A_DECADE = 4  # of the histogram of densities
+_DRAWN = 50_000  # features that are drawn one by one
+COLUMNS = (
+    "feature", "density", "n_tokens", "n_documents", "mean_active", "max", "p50", "p99",
+)  # fmt: skip
+_BOUNDS = {
+    "min_density": "density >= {}",
+    "max_density": "density <= {}",
+    "min_max": "abs(max) >= {}",
+    "max_max": "abs(max) <= {}",
+}
+
+
+def sae(ask: Ask) -> Answer:
+    """Values of `sae.html`."""
+    chosen = ask.sae()
+    [facts] = [row for row in all_saes(ask) if row["sae"] == chosen]
+    table = identifier(ask.snapshot.features(ask.con, chosen))
+    sort = ask.choice("sort", [*COLUMNS, *(f"-{column}" for column in COLUMNS)], "n_tokens")
+    bounds = {name: ask.number(name) for name in _BOUNDS}
+    dead = ask.choice("dead", ("", "yes", "no"), "")
+    conditions = [_BOUNDS[name].format(literal(value)) for name, value in bounds.items() if value is not None]
+    if dead:
+        conditions.append(f"n_tokens {'=' if dead == 'yes' else '>'} 0")
+    where = " AND ".join(conditions) or "true"
+    column = sort.removeprefix("-")
+    # As the command `features` sorts: by size, but for the number, which is told from the lowest on.
+    ascending = sort.startswith("-") != (column == "feature")
+    order = (
+        f"{'abs(max)' if column == 'max' else column} {'ASC' if ascending else 'DESC'} NULLS LAST, feature"
+    )
+    [counts] = ask.rows(
+        f"SELECT count(*) AS width, count(*) FILTER (n_tokens = 0) AS dead, "
+        f"count(*) FILTER (density > 0.1) AS dense, count(*) FILTER ({where}) AS found, "
+        f"median(density) FILTER (n_tokens > 0) AS median_density FROM {table}"
+    )
+    pages = max(1, -(-counts["found"] // PAGE))
+    number = ask.integer("page", 1, 1)
+    if number > pages:
+        raise InputError(f"page: {number:,}, but there are {pages:,}")
+    rows = ask.rows(
+        f"SELECT {', '.join(COLUMNS)} FROM {table} WHERE {where} ORDER BY {order} "
+        f"LIMIT {PAGE} OFFSET {(number - 1) * PAGE}"
+    )
+    examples = lookup.examples(ask.con, chosen, [row["feature"] for row in rows if row["n_tokens"]])
+    for row in rows:
+        row["example"] = examples.get(row["feature"])
+    names = [each["sae"] for each in all_saes(ask)]
+    at = names.index(chosen)
+    query = {**bounds, "dead": dead}
+    return {
+        "title": chosen,
+        "sae": facts,
+        "counts": counts,
+        "rows": rows,
+        "columns": COLUMNS,
+        "sort": sort,
+        "ascending": ascending,
+        "query": query,
+        "number": number,
+        "pages": pages,
+        "before": names[at - 1] if at else None,
+        "after": names[at + 1] if at + 1 < len(names) else None,
+        "densities": _densities(ask, table) if counts["dead"] < counts["width"] else None,
+        "points": links.to("sae/points.json", sae=chosen, **bounds),
+        "statement": f"SELECT {', '.join(COLUMNS)} FROM features WHERE sae = {text(chosen)} AND {where} "
+        f"ORDER BY {order} LIMIT {PAGE}",
+    }
+
+
+def all_saes(ask: Ask) -> list[dict[str, Any]]:
+    """The rows of `saes`, which take a scan of summaries: read once for a moment of the index."""
+    return ask.snapshot.once("saes", lambda: ask.rows("SELECT * FROM saes ORDER BY sae"))
+
+
+def _densities(ask: Ask, table: str) -> charts.Chart:
+    bins = ask.rows(
+        f"SELECT pow(10, b / {_BINS_A_DECADE}) AS low, pow(10, (b + 1) / {_BINS_A_DECADE}) AS high, "
+        f"count(*) AS features FROM (SELECT floor(log10(density) * {_BINS_A_DECADE}) AS b FROM {table} "
+        "WHERE n_tokens > 0) GROUP BY b ORDER BY b"
+    )
+    return charts.bars(bins, "low", "high", "features", "density", "features")
+
+
+def points(ask: Ask) -> Answer:
+    """The map of an SAE's live features, as a chart. Of more than 50,000 a sample by number is drawn."""
+    chosen = ask.sae()
+    table = identifier(ask.snapshot.features(ask.con, chosen))
+    [found] = ask.rows(f"SELECT count(*) AS n FROM {table} WHERE n_tokens > 0 AND max <> 0")
+    step = -(-found["n"] // _DRAWN) or 1
+    rows = ask.rows(
+        f"SELECT feature, density, abs(max) AS max FROM {table} "
+        f"WHERE n_tokens > 0 AND max <> 0 AND feature % {step} = 0"
+    )
+    spans = [[ask.number(f"{end}_{field}") for end in ("min", "max")] for field in ("density", "max")]
+    return charts.feature_points(rows, *spans)
+
+
+ROUTES = [page("/sae", sae, "sae.html"), page("/sae/points.json", points)]

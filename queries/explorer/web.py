@@ -95,7 +95,8 @@ Page = Callable[[Ask], "Answer | Response"]
 def page(path: str, function: Page, template: str = "") -> Route:
     """The route of a page. `template` is the function's values' as HTML; without it they are JSON.
 
-    A function may answer with a Response instead, such as a download.
+    A function may answer with a Response instead, such as a download; `_status` among its values is the
+    status of a page that tells of an error in its own place.
     """
 
     def endpoint(request: Request) -> Response:
@@ -111,7 +112,7 @@ def page(path: str, function: Page, template: str = "") -> Route:
             return _failed(request, own, as_html=bool(template), status=500)
         took = time.perf_counter() - began
         if not isinstance(answer, Response):
-            answer = _shown(request, template, answer, took)
+            answer = _shown(request, template, answer, took, answer.pop("_status", 200))
         spent = time.perf_counter() - began
         answer.headers["Server-Timing"] = f"queries;dur={took * 1e3:.1f}, total;dur={spent * 1e3:.1f}"
         return answer

@@ -45,6 +45,7 @@ async function draw(figure) {
     });
   }
   figure.dataset.drawn = "";
+  figure.dispatchEvent(new Event("drawn"));
 }
 // Vega's own tooltip brings a style sheet with it, which the pages' policy refuses.
 const tip = Object.assign(document.createElement("output"), { className: "value tip", hidden: true });

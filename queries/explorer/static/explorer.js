@@ -46,13 +46,35 @@ document.addEventListener("click", (event) => {
   if (token) tell(token);
 });
 
+// --- rows of a table: j and k step through them, Enter opens the first link of one
+const rows = [...document.querySelectorAll("table.stepped tbody tr")];
+let row = -1;
+function step(by) {
+  rows[row]?.removeAttribute("aria-selected");
+  row = Math.max(0, Math.min(rows.length - 1, row + by));
+  rows[row]?.setAttribute("aria-selected", "true");
+  rows[row]?.scrollIntoView({ block: "nearest" });
+}
+
+// --- parts of pages that are fetched when they are asked for; without scripts they are links
+document.addEventListener("click", async (event) => {
+  const link = event.target.closest?.("[data-expand]");
+  if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  const answer = await fetch(link.dataset.expand);
+  const part = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main, .part");
+  const place = document.createElement("div");
+  place.append(...(part?.childNodes ?? []));
+  link.replaceWith(place);
+});
+
 // --- keys: a page's links and forms name theirs in data-key
 const dialog = document.getElementById("keys");
 const keyed = () => [...document.querySelectorAll("[data-key]")];
 function showKeys() {
   const list = document.createElement("dl");
   const names = keyed().map((each) => [each.dataset.key, each.dataset.words ?? each.textContent.trim()]);
-  for (const [key, words] of [...names, ["/", "to the first field"], ["?", "these keys"], ["Esc", "close, leave a field"]]) {
+  for (const [key, words] of [...names, ["j k", "step through the rows of a table, Enter opens one"], ["/", "to the first field"], ["?", "these keys"], ["Esc", "close, leave a field"]]) {
     const term = document.createElement("dt");
     term.append(Object.assign(document.createElement("kbd"), { textContent: key }));
     list.append(term, Object.assign(document.createElement("dd"), { textContent: words }));
@@ -70,6 +92,8 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault();
     return document.querySelector("main input:not([type=hidden]), main textarea")?.focus();
   }
+  if (rows.length && (event.key === "j" || event.key === "k")) return step(event.key === "j" ? 1 : -1);
+  if (event.key === "Enter" && row >= 0 && event.target === document.body) return rows[row].querySelector("a").click();
   const target = keyed().find((each) => each.dataset.key === event.key);
   if (!target) return;
   event.preventDefault();
