@@ -103,7 +103,8 @@ def test_only_code_is_mounted():
         assert here.exists(), name
     files = [file for here in mounted.values() for file in ([here] if here.is_file() else here.rglob("*"))]
     code = [file for file in files if file.is_file() and "__pycache__" not in file.parts]
-    assert {file.suffix for file in code} <= {".py", ".sql", ".yaml", ".toml", ".txt", ".md"}
+    pages = {".html", ".css", ".js", ".svg"}
+    assert {file.suffix for file in code} <= {".py", ".sql", ".yaml", ".toml", ".txt", ".md"} | pages
     assert sum(file.stat().st_size for file in code) < 8 * 2**20
     # What `pip install -e` on a machine needs.
     project = (ROOT / "pyproject.toml").read_text()
