@@ -333,7 +333,7 @@ def _serving(
     options = {"--executor": executor, "--address": address, "--workers": workers}
     line = [word for option, value in options.items() if value is not None for word in (option, value)]
     scan = _command("scan")
-    scan.make_context("scan", ["SPEC", *line], resilient_parsing=False).close()  # wrong options are told now
+    scan.make_context("corpuscope scan", ["SPEC", *line]).close()  # wrong options are told now
     return lambda path: (_scanned(scan, [str(path), *line]), None)
 
 
