@@ -23,6 +23,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from pipelines.words import count as count
 from pipelines.words import placed as placed
 from sae_runtime.errors import InputError
 from sae_runtime.terminal import escaped, plain
@@ -86,11 +87,6 @@ def show(view: RenderableType) -> None:
 def message(text: str) -> None:
     """One line for people, on stderr; what is in it from files and names cannot steer the terminal."""
     click.echo(plain(text), err=True)
-
-
-def count(number: int, noun: str) -> str:
-    """`1 unit`, `2,000 units`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def ago(seconds: float) -> str:

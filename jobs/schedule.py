@@ -322,6 +322,8 @@ def _serving(
     if address is not None and address.startswith(("http://", "https://")):
         if executor is not None:
             raise InputError(f"--executor {executor}: is for scans here; a cluster's dashboard was given")
+        submit = _command("submit")  # wrong options are told now, not when something is due
+        submit.make_context("corpuscope submit", ["SPEC", "--address", address, *_given("--workers", workers)])
         cluster = _Cluster(address, shared, workers)
         return lambda path: _submitted(path, cluster)
     if shared:
@@ -330,11 +332,14 @@ def _serving(
         )
     if executor == "inline" and (address or workers):
         raise InputError("--executor inline: runs in this process alone; drop --address and --workers")
-    options = {"--executor": executor, "--address": address, "--workers": workers}
-    line = [word for option, value in options.items() if value is not None for word in (option, value)]
+    line = [*_given("--executor", executor), *_given("--address", address), *_given("--workers", workers)]
     scan = _command("scan")
-    scan.make_context("corpuscope scan", ["SPEC", *line]).close()  # wrong options are told now
+    scan.make_context("corpuscope scan", ["SPEC", *line]).close()  # the same
     return lambda path: (_scanned(scan, [str(path), *line]), None)
+
+
+def _given(option: str, value: str | None) -> list[str]:
+    return [] if value is None else [option, value]
 
 
 def _command(name: str) -> click.Command:

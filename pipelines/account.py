@@ -169,7 +169,7 @@ class Account:
         if failed:
             self._end = CorpuscopeError.exit_code, f"{failed:,} of {self._counts.items:,} units were given up"
         elif quarantined:
-            self._end = QUARANTINED, f"{DONE}; {quarantined:,} documents could not be scanned"
+            self._end = QUARANTINED, f"{DONE}; {count(quarantined, 'document')} could not be scanned"
         else:
             self._end = 0, DONE
 

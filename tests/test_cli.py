@@ -161,6 +161,7 @@ def test_an_address_where_no_cluster_is_is_refused_at_once(
     assert "no Ray cluster at 127.0.0.1:1" in refused(spec, "--address", "127.0.0.1:1")
     assert "no Ray cluster at ray://127.0.0.1:1" in refused(spec, "--address", "ray://127.0.0.1:1")
     assert "is not HOST:PORT" in refused(spec, "--address", "somewhere")
+    assert "corpuscope submit" in refused(spec, "--address", "http://127.0.0.1:1")
     assert time.monotonic() - began < 20
 
 

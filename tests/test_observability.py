@@ -202,7 +202,7 @@ def test_a_summary_that_cannot_be_written_costs_nothing_else(
     said: list[str] = []
     assert not scan(spec, notice=said.append).failed
     assert [line for line in said if "summary" in line] == [
-        "note: the run's summary could not be written: [Errno 28] No space left on device"
+        "note: the run's summary could not be written: No space left on device"
     ]
     assert status.status(str(tmp_path / "index")).state == "complete"
 

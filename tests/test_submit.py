@@ -401,6 +401,14 @@ def test_an_address_that_is_no_dashboards_says_what_is_wanted(address: str, word
     assert str(refused.value).startswith("--address: ")
 
 
+@pytest.mark.parametrize("address", ["http://me:hidden@127.0.0.1:1", "http://me:hidden@[", "me:hidden@x://h"])
+def test_a_password_of_the_address_is_not_repeated(address: str) -> None:
+    with pytest.raises(InputError) as refused:
+        Jobs(address)
+    assert "hidden" not in str(refused.value)
+    assert "Errno" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
