@@ -20,7 +20,7 @@ from pipelines.faults import crash
 from pipelines.lease import Done
 from pipelines.storage import Store
 from pipelines.summary import RunSummary
-from pipelines.words import placed
+from pipelines.words import count, placed
 from sae_runtime.errors import QUARANTINED, CorpuscopeError, exit_code, one_line
 
 DONE, NOTHING = "done", "nothing was to be scanned"

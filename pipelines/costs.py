@@ -28,6 +28,7 @@ from pipelines.measured import Measured
 from pipelines.planning import Prepared, sae_bytes
 from pipelines.tables import SaeShape
 from pipelines.unit import BATCH_TOKENS, CHUNK_TOKENS, HOST_THREADS, SEGMENT_ROWS, device_name
+from pipelines.words import count
 from sae_runtime.device import device_model
 from sae_runtime.errors import InputError
 from sae_runtime.model import ModelSource, model_size, text_config

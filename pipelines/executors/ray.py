@@ -78,8 +78,8 @@ def _check_listening(address: str) -> None:
         return
     if address.startswith(("http://", "https://")):
         raise InputError(
-            "--address: a cluster's own HOST:PORT is wanted (6379 is usual); to a dashboard, which http:// means, "
-            "scans are submitted: corpuscope submit"
+            f"--address: {address.partition('://')[0]}:// means a dashboard, to which scans are submitted "
+            "(corpuscope submit); here the cluster's own HOST:PORT is wanted, usually of port 6379"
         )
     match = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
     if match is None:
