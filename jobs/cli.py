@@ -7,7 +7,6 @@ imports happen inside the commands, so that `--help` and reading commands start 
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import signal
@@ -21,6 +20,7 @@ import click
 from click.core import ParameterSource
 
 from jobs.annotate import annotate
+from jobs.arguments import NOT_NEGATIVE, POSITIVE
 from jobs.changes import changes
 from jobs.diff import diff
 from jobs.endings import explain
@@ -98,7 +98,7 @@ def cli() -> None:
     "--price-per-hour",
     "price",
     metavar="PRICE",
-    type=click.FloatRange(min=0),
+    type=NOT_NEGATIVE,
     envvar="CORPUSCOPE_PRICE_PER_HOUR",
     show_envvar=True,
     help="Of a worker and its share of a machine: the run's summary then has a cost.",
@@ -122,8 +122,6 @@ def scan(
 
     if executor == "inline" and (address or (workers or 1) > 1):
         raise InputError("--executor inline: runs in this process alone; drop --address and --workers")
-    if price is not None and not math.isfinite(price):
-        raise InputError(f"--price-per-hour {price}: a number is wanted")
     stopped = _stop_on_signals()
     loaded, text = load_spec(spec, index)
     options = ScanOptions(executor, address, workers, allow_removal, price)
@@ -193,20 +191,20 @@ def _end(quarantined: int, index: str) -> None:
     "--tokens-per-second",
     "rate",
     metavar="R",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     help="Counted tokens that one worker does in a second, with all SAEs, instead of a measured speed.",
 )
 @click.option(
     "--l0",
     metavar="L",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     help="Active features a token of every SAE, instead of measured or published ones.",
 )
 @click.option(
     "--price-per-hour",
     "price",
     metavar="P",
-    type=click.FloatRange(min=0),
+    type=NOT_NEGATIVE,
     help="Of one worker, for the cost.",
 )
 @format_option
@@ -309,9 +307,7 @@ def saes(suite: str, select: tuple[str, ...], site: str | None, format_: str) ->
     help="Output: table for people, the others for programs; parquet needs -o.",
 )
 @click.option("-o", "--output", metavar="FILE", help="Write here instead of stdout (parquet).")
-@click.option(
-    "--timeout", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), help="Stop the query then."
-)
+@click.option("--timeout", metavar="SECONDS", type=POSITIVE, help="Stop the query then.")
 def sql(
     index: str, statement: str | None, script: bool, format_: str, output: str | None, timeout: float | None
 ) -> None:
@@ -465,7 +461,7 @@ def compact(index: str, format_: str) -> None:
 @click.option(
     "--grace",
     metavar="SECONDS",
-    type=click.FloatRange(min=0),
+    type=NOT_NEGATIVE,
     default=600.0,
     show_default=True,
     help="How long replaced and dropped data stay for queries that have begun.",
@@ -473,7 +469,7 @@ def compact(index: str, format_: str) -> None:
 @click.option(
     "--unfinished",
     metavar="SECONDS",
-    type=click.FloatRange(min=0),
+    type=NOT_NEGATIVE,
     default=86400.0,
     show_default=True,
     help="How long files that nothing names stay. Give less only while nothing is at work on the index.",

@@ -5,6 +5,8 @@ Invariant: every such error has its exit code in `errors.py`; click's own are wr
 
 from __future__ import annotations
 
+import re
+
 import click
 
 from jobs.output import message
@@ -16,10 +18,14 @@ def explain(error: BaseException) -> int:
     if isinstance(error, CorpuscopeError):
         message(f"error: {error}")
         return exit_code(error)
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.format_message(), err=True)  # what there is to choose from, in its own lines
+        return InputError.exit_code
     if isinstance(error, click.ClickException):
         context = error.ctx if isinstance(error, click.UsageError) else None
         hint = f" (see {context.command_path} --help)" if context else ""
-        message(f"error: {error.format_message()}{hint}")
+        text = re.sub(r"\s*\n\s*", " ", error.format_message())  # lists of choices have a line each
+        message(f"error: {text}{hint}")
         return InputError.exit_code
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

@@ -6,18 +6,19 @@ left alone.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 import click
 
-from jobs.output import format_option, message, print_rows
+from jobs.output import ago, format_option, message, print_rows, print_table
 from jobs.submit import STOP_SECONDS, address_option, follow
 from sae_runtime.errors import CorpuscopeError
 from sae_runtime.terminal import plain
 
 if TYPE_CHECKING:
-    from jobs.rayjobs import Jobs
+    from jobs.rayjobs import Jobs, ScanJob
 
 _PATIENCE = 30.0  # seconds beyond what a job that is stopped has for tidying up
 
@@ -34,7 +35,10 @@ def jobs(context: click.Context, address: str | None, format_: str) -> None:
     from jobs.rayjobs import ScanJob
 
     every = _cluster(context, None).every()
-    print_rows(map(asdict, every), format_, [field.name for field in fields(ScanJob)])
+    if format_ == "table":
+        _print_table(every)
+    else:
+        print_rows(map(asdict, every), format_, [field.name for field in fields(ScanJob)])
 
 
 @jobs.command()
@@ -73,6 +77,26 @@ def stop(context: click.Context, id: str, address: str | None) -> None:
     if not job.over:
         raise CorpuscopeError(f"{id} is {job.state} still, though it was asked to stop; look at its log")
     message(f"{id}: {cluster.exit_code(id)[1]}")
+
+
+def _print_table(every: list[ScanJob]) -> None:
+    """What 80 columns hold; below it, what those said that failed."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    rows = [
+        {
+            "id": job.id,
+            "state": job.state,
+            "exit": job.exit_code,
+            "began": job.started and f"{ago((now - job.started).total_seconds())} ago",
+            "took": job.started and ago(((job.ended or now) - job.started).total_seconds()),
+            "index": job.index,
+        }
+        for job in every
+    ]
+    print_table(rows, ("id", "state", "exit", "began", "took", "index"), ends="index")
+    for job in every:
+        if job.state in ("failed", "lost"):
+            click.echo(plain(f"{job.id}: {job.message}"))
 
 
 def _cluster(context: click.Context, address: str | None) -> Jobs:

@@ -23,6 +23,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from pipelines.words import count as count
 from pipelines.words import placed as placed
 from sae_runtime.errors import InputError
 from sae_runtime.terminal import escaped, plain
@@ -88,11 +89,6 @@ def message(text: str) -> None:
     click.echo(plain(text), err=True)
 
 
-def count(number: int, noun: str) -> str:
-    """`1 unit`, `2,000 units`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def ago(seconds: float) -> str:
     """`5 s`, `12 min`, `3.5 h`, `2 days`."""
     for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
@@ -137,16 +133,19 @@ def _print_rows(rows: Iterable[dict[str, Any]], format_: str, columns: Sequence[
             message(f"(the first {TABLE_ROWS:,} rows; --format csv or jsonl gives all)")
 
 
-def print_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
-    """A table for people: numbers right-aligned and grouped, long lists cut."""
+def print_table(rows: Sequence[dict[str, Any]], names: Sequence[str], ends: str | None = None) -> None:
+    """A table for people: numbers right-aligned and grouped, long lists cut.
+
+    Of the column `ends`, of paths say, the end is shown where the others leave no room for all.
+    """
     out = console()
     table = Table(box=None, header_style="bold", pad_edge=False)
     cells = {name: [_shown(row[name]) for row in rows] for name in names}
     for name in names:
-        if name in _FILLER:
+        if name == ends or name in _FILLER:
             others = (max(map(cell_len, [n, *cells[n]])) + 2 for n in names if n != name)
             room = max(len(name), out.width - sum(others))
-            cells[name] = [_cut(text, room) for text in cells[name]]
+            cells[name] = [(_end if name == ends else _cut)(text, room) for text in cells[name]]
         numeric = any(isinstance(row[name], (int, float, decimal.Decimal)) for row in rows)
         justify: Literal["left", "right"] = "right" if numeric else "left"
         table.add_column(escape(plain(name)), justify=justify, overflow="fold", no_wrap=numeric)
@@ -224,6 +223,12 @@ def _shown(value: Any) -> str:
 
 def _cut(text: str, room: int) -> str:
     return text if cell_len(text) <= room else set_cell_size(text, room - 1).rstrip() + "…"
+
+
+def _end(text: str, room: int) -> str:
+    while cell_len(text) > room:
+        text = "…" + text[2:]
+    return text
 
 
 def _drawn(text: str) -> bool:

@@ -320,7 +320,7 @@ def _assumptions(view: PlanView) -> list[str]:
     )
     said += view.cost.assumptions
     said.append("shares of the stages: the model's, also where the speed is not")
-    if view.gpu is not view.cost:
+    if view.gpu is not view.cost and view.cost.wall:
         said += [f"on {view.gpu.device}, {words}" for words in view.gpu.assumptions]
     if view.memory.device:
         said.append("memory: no GPU has been measured")

@@ -38,6 +38,7 @@ _REACH_SECONDS = 10.0
 _ANSWER_SECONDS = 60.0
 _LOOK_EVERY = 1.0  # seconds between looks at a job that is followed
 _AWAY_SECONDS = 60.0  # without an answer, after which a cluster is taken for lost
+_PASSWORD = re.compile(r"(://[^/@:]*:)[^/@]*@")
 _LINE = 300  # characters of a message
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _TALKERS = (
@@ -74,14 +75,17 @@ class ScanJob:
 
 
 class Jobs:
-    """The jobs of the cluster whose dashboard is at `address` (http://HOST:PORT)."""
+    """The jobs of the cluster whose dashboard is at `address` (http://HOST:PORT).
+
+    Its own `address` is for people: without a password that a proxy in front of the dashboard may ask for.
+    """
 
     def __init__(self, address: str) -> None:
         """Raises InputError where `address` is none of a dashboard, or nothing answers there."""
         _check_address(address)
-        self.address = address.rstrip("/")
+        self.address = shown(address.rstrip("/"))
         try:
-            self._client: Any = _answered(address, lambda: _client(self.address))
+            self._client: Any = _answered(self.address, lambda: _client(address.rstrip("/")))
         except TimeoutError as error:
             raise InputError(f"--address: {one_line(error)}; is it a Ray dashboard?") from error
 
@@ -262,7 +266,8 @@ def _client(address: str) -> Any:
         try:
             return JobSubmissionClient(address)
         except Exception as error:  # Ray's own, requests' and JSON's; each is about the address
-            text = _cause(error)
+            text = _cause(error).replace(address, shown(address))
+            address = shown(address)
             if type(error).__name__ == "AuthenticationError":
                 raise InputError(f"--address: {address} asks who you are: {text}") from error
             if "ray[default]" in text:
@@ -285,12 +290,19 @@ def _without(*names: str) -> Iterator[None]:
         os.environ |= before
 
 
+def shown(address: str) -> str:
+    """A URL as messages have it, which end in logs: a password in it is left out."""
+    return _PASSWORD.sub(r"\1…@", address)
+
+
 def _check_address(address: str) -> None:
     """InputError for what is no dashboard's URL, or where nothing listens."""
     try:
         parts = urlsplit(address)
+        address = shown(address)
         host, port = parts.hostname, parts.port
     except ValueError as error:
+        address = shown(address)
         raise InputError(f"--address: {address} is not a URL: {one_line(error)}") from error
     if parts.scheme not in ("http", "https") or not host:
         named = re.fullmatch(r"(?:ray://)?([^:/]+)(?::\d+)?/?", address)

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from jobs.arguments import POSITIVE
 from jobs.output import count, format_option, opened, print_rows
 from sae_runtime.errors import InputError
 
@@ -34,9 +35,7 @@ def recipes(index: str, format_: str) -> None:
 @click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter; may be repeated.")
 @click.option("--limit", metavar="N", help="The parameter `limit`: a number of rows, or all.")
 @click.option("--show", is_flag=True, help="Print the SQL instead, as it goes after `sql --script`.")
-@click.option(
-    "--timeout", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), help="Stop the query then."
-)
+@click.option("--timeout", metavar="SECONDS", type=POSITIVE, help="Stop the query then.")
 @format_option
 def recipe(
     index: str,

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs.endings import explain
-from jobs.output import count, format_option, message, print_rows
+from jobs.output import ago, count, format_option, message, print_rows, print_table
 from jobs.schedule_export import export
+from pipelines.words import placed
 from sae_runtime.errors import CorpuscopeError, InputError, Interrupted, one_line
+from sae_runtime.terminal import plain
 
 if TYPE_CHECKING:
     from pipelines.due import Attempt, Standing
@@ -95,14 +97,14 @@ def list_(folder: str, now: datetime | None, format_: str) -> None:
     failed    attempts at the latest due time failed; `note` says when it is tried again
     never     the spec has no `schedule`, or one that is never due
     error     the spec, or the index's records, cannot be read; `note` says why
+
+    In the table `due` is the next due time of what waits, and the latest one of the others.
     """
     rows = [_row(path, now or datetime.now(timezone.utc)) for path in specs(folder)]
-    shown = (
-        COLUMNS
-        if format_ != "table"
-        else tuple(c for c in COLUMNS if any(row[c] is not None for row in rows))
-    )
-    print_rows(rows, format_, shown)
+    if format_ == "table":
+        _print_table(rows, folder, now or datetime.now(timezone.utc))
+    else:
+        print_rows(rows, format_, COLUMNS)
     if any(row["state"] == ERROR for row in rows):
         click.get_current_context().exit(InputError.exit_code)
 
@@ -202,6 +204,32 @@ def _row(path: Path, now: datetime) -> dict[str, Any]:
         elif last.ended is None and stands.state != "running":
             row["note"] = f"attempt {last.number}, {_who(last)}, did not end"
     return row
+
+
+def _print_table(rows: list[dict[str, Any]], folder: str, now: datetime) -> None:
+    """What 80 columns hold; below it the notes, in which the folder need not be repeated."""
+    short = [
+        {
+            "spec": row["spec"],
+            "state": row["state"],
+            "cron": row["cron"],
+            "due": due and f"{due:%Y-%m-%d %H:%M}{_offset(due)}",
+            "last_run": row["last_run"] and f"{ago(max(0.0, (now - row['last_run']).total_seconds()))} ago",
+            "exit": row["last_exit"],
+        }
+        for row in rows
+        for due in [row["next_due" if row["state"] in ("waiting", NEVER) else "last_due"]]
+    ]
+    print_table(short, [name for name in short[0] if any(row[name] is not None for row in short)])
+    here = Path(folder).parent if Path(folder).is_file() else Path(folder)
+    for row in rows:
+        if row["note"]:
+            click.echo(plain(placed(row["spec"], row["note"].removeprefix(f"{here}/"))))
+
+
+def _offset(time: datetime) -> str:
+    """`+02:00`, which Python before 3.12 has no sign for."""
+    return time.isoformat()[-6:]
 
 
 def _turn(
@@ -322,6 +350,10 @@ def _serving(
     if address is not None and address.startswith(("http://", "https://")):
         if executor is not None:
             raise InputError(f"--executor {executor}: is for scans here; a cluster's dashboard was given")
+        submit = _command("submit")  # wrong options are told now, not when something is due
+        submit.make_context(
+            "corpuscope submit", ["SPEC", "--address", address, *_given("--workers", workers)]
+        )
         cluster = _Cluster(address, shared, workers)
         return lambda path: _submitted(path, cluster)
     if shared:
@@ -330,11 +362,14 @@ def _serving(
         )
     if executor == "inline" and (address or workers):
         raise InputError("--executor inline: runs in this process alone; drop --address and --workers")
-    options = {"--executor": executor, "--address": address, "--workers": workers}
-    line = [word for option, value in options.items() if value is not None for word in (option, value)]
+    line = [*_given("--executor", executor), *_given("--address", address), *_given("--workers", workers)]
     scan = _command("scan")
-    scan.make_context("scan", ["SPEC", *line], resilient_parsing=False).close()  # wrong options are told now
+    scan.make_context("corpuscope scan", ["SPEC", *line]).close()  # the same
     return lambda path: (_scanned(scan, [str(path), *line]), None)
+
+
+def _given(option: str, value: str | None) -> list[str]:
+    return [] if value is None else [option, value]
 
 
 def _command(name: str) -> click.Command:

@@ -91,7 +91,9 @@ def submit(
 
         follow(Jobs(address), id, message)
     else:
-        message(f"follow it by: corpuscope jobs --address {address} logs -f {id}")
+        from jobs.rayjobs import shown
+
+        message(f"follow it by: corpuscope jobs --address {shown(address)} logs -f {id}")
 
 
 def submit_scan(

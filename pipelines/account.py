@@ -20,7 +20,7 @@ from pipelines.faults import crash
 from pipelines.lease import Done
 from pipelines.storage import Store
 from pipelines.summary import RunSummary
-from pipelines.words import placed
+from pipelines.words import count, placed
 from sae_runtime.errors import QUARANTINED, CorpuscopeError, exit_code, one_line
 
 DONE, NOTHING = "done", "nothing was to be scanned"
@@ -169,7 +169,7 @@ class Account:
         if failed:
             self._end = CorpuscopeError.exit_code, f"{failed:,} of {self._counts.items:,} units were given up"
         elif quarantined:
-            self._end = QUARANTINED, f"{DONE}; {quarantined:,} documents could not be scanned"
+            self._end = QUARANTINED, f"{DONE}; {count(quarantined, 'document')} could not be scanned"
         else:
             self._end = 0, DONE
 

@@ -28,6 +28,7 @@ from pipelines.measured import Measured
 from pipelines.planning import Prepared, sae_bytes
 from pipelines.tables import SaeShape
 from pipelines.unit import BATCH_TOKENS, CHUNK_TOKENS, HOST_THREADS, SEGMENT_ROWS, device_name
+from pipelines.words import count
 from sae_runtime.device import device_model
 from sae_runtime.errors import InputError
 from sae_runtime.model import ModelSource, model_size, text_config
@@ -171,7 +172,7 @@ def _cpu(threads: int) -> Device:
     amx = info.exists() and "amx_bf16" in info.read_text()
     rate = AMX if amx else AVX
     kind = "with AMX" if amx else "without AMX"
-    words = f"{rate / 1e9:,.0f} GFLOP/s in bfloat16 of each of {threads} threads {kind}"
+    words = f"{rate / 1e9:,.0f} GFLOP/s in bfloat16 a thread, {count(threads, 'thread')} {kind}"
     return Device("cpu", "cpu", rate * threads, AVX * threads, threads, None, words)
 
 
@@ -396,7 +397,7 @@ def _merging(found: Estimate, units: int, work: float) -> float:
 
 
 def _rows_words(device: Device) -> str:
-    rows = f"{SUMMED * 1e9:.0f} ns a row over {device.threads} threads"
+    rows = f"{SUMMED * 1e9:.0f} ns a row over {count(device.threads, 'thread')}"
     writers = WRITERS if device.is_gpu else device.threads
     return f"{rows} to sum it up, {WRITTEN * 1e9:.0f} ns over {writers} to write it"
 

@@ -12,6 +12,11 @@ def human(size: float) -> str:
     raise AssertionError
 
 
+def count(number: int, noun: str) -> str:
+    """`1 unit`, `2,000 units`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def left(seconds: float, share: float) -> float | None:
     """Seconds that the rest takes, when so many took a share; None where nothing is done yet."""
     return seconds * (1 - share) / share if share > 0 else None

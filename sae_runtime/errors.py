@@ -6,6 +6,8 @@ allowed to turn an exception into an exit code.
 
 from __future__ import annotations
 
+import re
+
 # Modules whose errors are of the network or of a store; errors of theirs are not all OSErrors.
 _REMOTE = {"aiobotocore", "aiohttp", "asyncio", "azure", "botocore", "fsspec", "gcsfs", "google", "requests",
            "s3fs", "urllib3"}  # fmt: skip
@@ -14,6 +16,7 @@ _SIGNS = ("out of memory", "can't allocate memory", "cuda error", "hip error", "
           "nccl", "device-side assert", "cuda driver")  # fmt: skip
 # Errors of a disk or a filesystem that mean a wrong path, not a failure.
 _WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_ERRNO = re.compile(r"^\[Errno -?\d+\] ")
 QUARANTINED = 3  # exit code: done, and some documents could not be scanned
 
 
@@ -51,13 +54,14 @@ def exit_code(error: BaseException) -> int:
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The first non-empty line of an exception's text, cut to `limit` characters.
 
-    Of a text that is a traceback (DuckDB has one for errors in our files) its last line.
+    Of a text that is a traceback (DuckDB has one for errors in our files) its last line; the number of an
+    operating system's error tells people nothing.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     text = lines[0]
     if text.startswith("Traceback (most recent call last)"):
         text = lines[-1].split(": ", 1)[-1]
-    text = text or type(error).__name__
+    text = _ERRNO.sub("", text) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

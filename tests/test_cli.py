@@ -161,6 +161,7 @@ def test_an_address_where_no_cluster_is_is_refused_at_once(
     assert "no Ray cluster at 127.0.0.1:1" in refused(spec, "--address", "127.0.0.1:1")
     assert "no Ray cluster at ray://127.0.0.1:1" in refused(spec, "--address", "ray://127.0.0.1:1")
     assert "is not HOST:PORT" in refused(spec, "--address", "somewhere")
+    assert "corpuscope submit" in refused(spec, "--address", "http://127.0.0.1:1")
     assert time.monotonic() - began < 20
 
 
@@ -874,6 +875,34 @@ def test_usage_is_one_line_and_help_is_help(corpuscope: Any) -> None:
         assert done.code == 0
         assert done.out.startswith(f"Usage: corpuscope {command} ")
     assert "corpuscope" in corpuscope("--version").out
+    for group in ([], ["schedule"]):  # without a word there is something to choose from
+        done = corpuscope(*group)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith(" ".join(["Usage: corpuscope", *group]))
+        assert "\n  -h, --help  Show" in done.err
+    choices = corpuscope("schedule", "export", "x")
+    assert choices.err == (
+        "error: Missing option '--format'. Choose from: crontab, systemd, k8s "
+        "(see corpuscope schedule export --help)\n"
+    )
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "many"])
+def test_what_is_no_number_is_wrong_input(
+    tmp_path: Path, write_spec: Any, corpuscope: Any, tiny_index: Path, value: str
+) -> None:
+    spec = write_spec(tmp_path)
+    for command in (
+        ("plan", spec, "--l0"),
+        ("plan", spec, "--tokens-per-second"),
+        ("plan", spec, "--price-per-hour"),
+        ("scan", spec, "--executor", "inline", "--price-per-hour"),
+        ("sql", tiny_index, "SELECT 1", "--timeout"),
+        ("gc", tiny_index, "--grace"),
+    ):
+        done = corpuscope(*command, value)
+        assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), command
+        assert command[-1] in done.err
 
 
 def test_a_closed_pipe_is_no_error(tiny_index: Path) -> None:

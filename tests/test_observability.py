@@ -202,7 +202,7 @@ def test_a_summary_that_cannot_be_written_costs_nothing_else(
     said: list[str] = []
     assert not scan(spec, notice=said.append).failed
     assert [line for line in said if "summary" in line] == [
-        "note: the run's summary could not be written: [Errno 28] No space left on device"
+        "note: the run's summary could not be written: No space left on device"
     ]
     assert status.status(str(tmp_path / "index")).state == "complete"
 
@@ -316,17 +316,10 @@ def test_a_log_on_stdout_is_all_there_is_on_stdout(spec: Path, tmp_path: Path) -
     assert again.stdout == ""
 
 
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [
-        (("--log", "missing/folder/x"), "--log missing/folder/x: cannot be written: No such file"),
-        (("--price-per-hour", "nan"), "--price-per-hour nan: a number is wanted"),
-    ],
-)
-def test_options_that_are_wrong(spec: Path, tmp_path: Path, option: tuple[str, str], words: str) -> None:
-    done = CliRunner().invoke(cli, ["scan", str(spec), "--executor", "inline", *option])
+def test_a_log_that_cannot_be_written(spec: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["scan", str(spec), "--executor", "inline", "--log", "missing/folder/x"])
     assert isinstance(done.exception, InputError)
-    assert words in str(done.exception)
+    assert "--log missing/folder/x: cannot be written: No such file" in str(done.exception)
     assert not (tmp_path / "index").exists()
 
 

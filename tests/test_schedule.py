@@ -513,7 +513,12 @@ def test_one_specs_trouble_is_not_the_others(
     states = {row["spec"]: row["state"] for row in listed(schedule, folder, now)}
     assert states == {"a-wrong.yaml": "error", "b-empty.yaml": "due", "c-busy.yaml": "due",
                       "d-never.yaml": "never", "nightly.yaml": "due"}  # fmt: skip
-    assert schedule("list", folder).code == 2
+    table = schedule("list", folder, "--now", now)
+    assert table.code == 2
+    heading, *lines = table.out.splitlines()
+    assert heading.split() == ["spec", "state", "cron", "due"], "what no row has is left out"
+    assert lines[-1].startswith("a-wrong.yaml: schedule.cron: "), "the folder is not repeated"
+    assert max(map(len, table.out.splitlines()[:-1])) <= 80
     busy = Store(str(tmp_path / "busy"))
     with Lease(busy, print) as lease:
         lease.look()
@@ -548,6 +553,7 @@ def test_one_specs_trouble_is_not_the_others(
         (("--name", "x"), "--name x: is of one spec"),
         (("--workers", "3"), "--executor inline: runs in this process alone"),
         (("--address", "auto", "--workers", "-1"), "--workers"),
+        (("--address", "http://127.0.0.1:1", "--workers", "many"), "'many' is neither a number"),
         (("--address", "http://127.0.0.1:1", "--executor", "ray"), "--executor ray: is for scans here"),
     ],
 )

@@ -7,12 +7,13 @@ environment holds packages of our names that end whoever imports them: what runs
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ import yaml
 from test_resume import ROOT, UNITS, commits, committed
 
 import queries
-from jobs import rayjobs
+from jobs import output, rayjobs
 from jobs.cli import cli
-from jobs.rayjobs import Jobs
+from jobs.rayjobs import Jobs, ScanJob
 from jobs.shipping import SPEC, check_size, pack
 from jobs.specfile import load_spec
 from jobs.submit import submit_scan
@@ -401,6 +402,14 @@ def test_an_address_that_is_no_dashboards_says_what_is_wanted(address: str, word
     assert str(refused.value).startswith("--address: ")
 
 
+@pytest.mark.parametrize("address", ["http://me:hidden@127.0.0.1:1", "http://me:hidden@[", "ray://me:hidden@h:1"])
+def test_a_password_of_the_address_is_not_repeated(address: str) -> None:
+    with pytest.raises(InputError) as refused:
+        Jobs(address)
+    assert "hidden" not in str(refused.value)
+    assert "Errno" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -437,6 +446,28 @@ def test_the_address_nearest_to_the_word_holds(
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     with pytest.raises(InputError, match=f"nothing listens at {asked} "):
         cli.main(["jobs", *arguments], standalone_mode=False)
+
+
+def test_the_table_of_jobs_fits_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "_WIDE", 80)
+    began = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(hours=40)
+    job = ScanJob(
+        id="scan-0123456789abcdef-a12", state="failed", exit_code=2, index="s3://a-bucket/of/mine/and/more/web",
+        spec="specs/web.yaml", attempt=12, started=began, ended=began + datetime.timedelta(minutes=50),
+        message="error: corpus.uri: no file matches s3://a-bucket/web/*.jsonl",
+    )  # fmt: skip
+    done = replace(job, id="scan-fedcba9876543210-a1", state="done", exit_code=0, message="Job finished.")
+    monkeypatch.setattr(Jobs, "__init__", lambda self, address: None)
+    monkeypatch.setattr(Jobs, "every", lambda self: [job, done])
+    cli.main(["jobs", "--address", "http://x"], standalone_mode=False)
+    heading, first, second, why = capsys.readouterr().out.splitlines()
+    assert max(map(len, (heading, first, second))) <= 80
+    assert first.split()[:6] == [job.id, "failed", "2", "40", "h", "ago"]
+    assert first.endswith("/more/web")
+    assert second.split()[:3] == [done.id, "done", "0"]
+    assert why == f"{job.id}: {job.message}"
 
 
 # --- a real head

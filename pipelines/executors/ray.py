@@ -74,15 +74,23 @@ def connect(address: str | None) -> bool:
 
 def _check_listening(address: str) -> None:
     """InputError if nothing listens at a HOST:PORT; Ray itself would try for two minutes and more."""
+    if address == "auto":
+        return
+    if address.startswith(("http://", "https://")):
+        raise InputError(
+            f"--address: {address.partition('://')[0]}:// means a dashboard, to which scans are submitted "
+            "(corpuscope submit); here the cluster's own HOST:PORT is wanted, usually of port 6379"
+        )
     match = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
     if match is None:
-        if address != "auto":
-            raise InputError(f"--address: {address!r} is not HOST:PORT, ray://HOST:PORT or auto")
-        return
+        raise InputError(f"--address: {address!r} is not HOST:PORT, ray://HOST:PORT or auto")
     try:
         socket.create_connection((match[1].strip("[]"), int(match[2])), _REACH_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise InputError(f"--address: no Ray cluster at {address}: {one_line(error)}") from error
+        raise InputError(
+            f"--address: no Ray cluster at {address}: {one_line(error)}; `ray start --head` says which "
+            "HOST:PORT its machines join by"
+        ) from error
 
 
 def cluster_device() -> str:
