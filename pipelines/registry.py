@@ -235,7 +235,7 @@ def _plan(store: Store, name: str, head: dict[str, Any]) -> Plan:
 
 def _rows(store: Store, name: str, schema: pa.Schema) -> Iterable[tuple[Any, ...]]:
     # `read_table` would import pyarrow.dataset, and with it pandas: 0.3 s of opening an index.
-    table = pq.ParquetFile(pa.BufferReader(store.read(name))).read(schema.names)
+    table = pq.ParquetFile(pa.BufferReader(store.read(name))).read(schema.names, use_threads=False)
     return zip(*(column.to_pylist() for column in table.columns), strict=True)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -888,3 +890,17 @@ def test_the_command(tmp_path: Path, small_index: Path) -> None:
     [fault] = json.loads(listed.stdout)
     assert list(fault) == ["file", "check", "detail"]
     assert "1 fault" in listed.stderr
+
+
+def test_a_quick_check_reads_without_pyarrows_datasets(tmp_path: Path, few_index: Path) -> None:
+    """Their threads may outlive a read, and abort a process that ends just then."""
+    index = Path(shutil.copytree(few_index, tmp_path / "index"))
+    code = (
+        "import sys; from pipelines.audit import audit; from pipelines.compaction import compact;"
+        "from pipelines.storage import Store; store = Store(sys.argv[1]);"
+        "assert compact(store).runs and not audit(store, quick=True).faults;"
+        "print('pyarrow.dataset' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(index)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
