@@ -111,6 +111,10 @@ FROM _declared_saes AS d
 LEFT JOIN totals AS t USING (sae)
 LEFT JOIN means AS m USING (sae);
 
+-- How many features of each SAE were ever active; `features` says so too, and merges histograms for it.
+CREATE VIEW _live_features AS
+SELECT sae, count(DISTINCT feature) AS n FROM $features WHERE n_tokens > 0 GROUP BY sae;
+
 -- Every feature of every SAE: partials, and one row of zeros each so that dead ones are there.
 CREATE VIEW features AS
 WITH counted AS (SELECT sae, sum(n_tokens)::BIGINT AS n FROM $saes GROUP BY sae),

@@ -402,7 +402,9 @@ def test_an_address_that_is_no_dashboards_says_what_is_wanted(address: str, word
     assert str(refused.value).startswith("--address: ")
 
 
-@pytest.mark.parametrize("address", ["http://me:hidden@127.0.0.1:1", "http://me:hidden@[", "ray://me:hidden@h:1"])
+@pytest.mark.parametrize(
+    "address", ["http://me:hidden@127.0.0.1:1", "http://me:hidden@[", "ray://me:hidden@h:1"]
+)
 def test_a_password_of_the_address_is_not_repeated(address: str) -> None:
     with pytest.raises(InputError) as refused:
         Jobs(address)

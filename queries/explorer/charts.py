@@ -64,6 +64,30 @@ def themed(chart: Any, colours: dict[str, str]) -> Any:
     return chart
 
 
+# --- overview
+
+
+def sae_map(rows: Sequence[dict[str, Any]]) -> Chart:
+    """SAEs by layer and kind of site; several of a cell beside each other, darker where L0 is higher."""
+    return {
+        "data": {"values": list(rows)},
+        "mark": {"type": "bar", "tooltip": True},
+        "encoding": {
+            "x": {"field": "layer", "type": "ordinal", "axis": {"title": "layer", "labelAngle": 0}},
+            "xOffset": {"field": "place", "type": "ordinal"},
+            "y": {"field": "l0", "type": "quantitative", "axis": {"title": "measured L0"}},
+            "row": {"field": "kind", "type": "nominal", "header": {"title": None, "labelOrient": "top",
+                    "labelAnchor": "start"}},
+            "color": {"field": "dead", "type": "quantitative", "scale": {"range": ["$accent", "$strong"]},
+                      "legend": {"title": "dead share", "orient": "top", "format": ".0%"}},
+            "tooltip": [{"field": "sae"}, {"field": "width"}, {"field": "l0", "format": ".4g"},
+                        {"field": "dead", "format": ".2%"}],
+        },
+        "width": 320,
+        "height": 70,
+    }  # fmt: skip
+
+
 # --- sae
 
 

@@ -19,9 +19,11 @@ STEPS = 20
 _CUT = 2000  # characters of one token that are shown
 
 
-def shaded(pieces: Sequence[Sequence[Any]], highest: float, at: int | None = None) -> Markup:
-    """Spans of (text, activation) pieces; shades are of |highest|. `at` is the piece at the maximum."""
-    return Markup("").join(_token(text, value, highest, i == at) for i, (text, value) in enumerate(pieces))
+def shaded(pieces: Sequence[Sequence[Any]], highest: float, peak: float | None = None) -> Markup:
+    """Spans of (text, activation) pieces; shades are of |highest|. Pieces of exactly `peak` are outlined."""
+    return Markup("").join(
+        _token(text, value, highest, peak is not None and value == peak) for text, value in pieces
+    )
 
 
 def _token(text: str, value: float, highest: float, is_peak: bool) -> Markup:

@@ -104,15 +104,15 @@ def page(path: str, function: Page, template: str = "") -> Route:
         began = time.perf_counter()
         try:
             answer = _answer(session, request.query_params, function)
+            took = time.perf_counter() - began
+            if not isinstance(answer, Response):
+                answer = _shown(request, template, answer, took, answer.pop("_status", 200))
         except CorpuscopeError as error:
             return _failed(request, error, as_html=bool(template))
         except Exception:
             _log.exception("%s", request.url.path)
             own = CorpuscopeError("an error of the explorer's own; its log says more")
             return _failed(request, own, as_html=bool(template), status=500)
-        took = time.perf_counter() - began
-        if not isinstance(answer, Response):
-            answer = _shown(request, template, answer, took, answer.pop("_status", 200))
         spent = time.perf_counter() - began
         answer.headers["Server-Timing"] = f"queries;dur={took * 1e3:.1f}, total;dur={spent * 1e3:.1f}"
         return answer

@@ -101,7 +101,6 @@ def test_every_page_and_every_link_of_it(
         "/feature",
         "/document",
         "/documents",
-        "/text",
         "/compare",
         "/sql",
         "/recipes",

@@ -104,8 +104,8 @@ def test_keys_are_told_and_work(site: Site, window: Callable[..., Window]) -> No
     assert dialog.locator("kbd").count() >= 6
     keyboard.press("Escape")
     assert here.page.locator("dialog[open]").count() == 0
-    for key, path in (("q", "/sql"), ("c", "/compare"), ("t", "/text"), ("i", "/")):
-        here.open("/documents")
+    for key, path in (("q", "/sql"), ("c", "/compare"), ("d", "/documents"), ("i", "/")):
+        here.open("/recipes")
         keyboard.press(key)
         here.page.wait_for_url(f"{here.base}{path}")
         here.drawn()
@@ -214,20 +214,8 @@ def test_two_sets_are_compared(site: Site, window: Callable[..., Window]) -> Non
     here.page.wait_for_selector("main table a[href^='/feature?']", timeout=60_000)
     here.drawn()
     con = queries.connect(str(site.index))
-    wanted = diff(con, "even", "NOT even", min_documents=5).to_pylist()
+    wanted = diff(con, "even", "NOT even", min_documents=5).table.to_pylist()
     first = here.page.locator("main table a[href^='/feature?']").first.get_attribute("href")
     asked = parse_qs(urlsplit(first).query)
     assert (asked["sae"][0], int(asked["feature"][0])) == (wanted[0]["sae"], wanted[0]["feature"])
     assert here.page.locator("figure[data-chart] canvas").count() >= 1
-
-
-def test_a_text_of_ones_own(site: Site, window: Callable[..., Window]) -> None:
-    here = window(site)
-    here.open("/text")
-    here.page.locator("main textarea").fill("seven red foxes jumped over lazy dogs in Paris")
-    here.page.locator("main form button:not([type=button])").first.click()
-    here.page.wait_for_selector(".tokens .t[data-v]", timeout=120_000)
-    here.drawn()
-    text = here.page.locator(".tokens").first.inner_text()
-    assert "seven red foxes" in text
-    assert here.page.locator("main a[href^='/feature?']").count() > 3

@@ -55,8 +55,8 @@ function tooltip(_, event, item, value) {
   if (tip.hidden) return;
   const words = typeof value === "object" ? Object.entries(value).map(([name, each]) => `${name}: ${each}`) : [String(value)];
   tip.textContent = words.join("\n");
-  tip.style.left = `${Math.min(event.pageX + 12, scrollX + innerWidth - tip.offsetWidth - 8)}px`;
-  tip.style.top = `${event.pageY + 12}px`;
+  tip.style.left = `${Math.min(event.clientX + 12, innerWidth - tip.offsetWidth - 8)}px`;
+  tip.style.top = `${event.clientY + 12}px`;
 }
 const figures = [...document.querySelectorAll("figure[data-chart]")];
 const drawAll = () =>

@@ -31,14 +31,17 @@ const label = document.createElement("output");
 label.className = "value";
 label.hidden = true;
 document.body.append(label);
+let told = null;
 function tell(token) {
+  told = token;
   label.hidden = !token;
   if (!token) return;
   label.textContent = token.dataset.v;
   const box = token.getClientRects()[0];
-  label.style.left = `${Math.max(4, Math.min(box.left, innerWidth - 120)) + scrollX}px`;
-  label.style.top = `${box.top + scrollY - 26}px`;
+  label.style.left = `${Math.max(4, Math.min(box.left, innerWidth - label.offsetWidth - 4))}px`;
+  label.style.top = `${box.top - label.offsetHeight - 4}px`;
 }
+for (const moved of ["scroll", "resize"]) addEventListener(moved, () => tell(told), { capture: true, passive: true });
 document.addEventListener("pointerover", (event) => tell(event.target.closest?.("[data-v]")));
 document.addEventListener("focusin", (event) => tell(event.target.closest?.("[data-v]")));
 document.addEventListener("click", (event) => {
