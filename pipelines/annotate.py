@@ -12,8 +12,6 @@ killed run repeats is bounded.
 from __future__ import annotations
 
 import contextlib
-import glob
-import re
 import shutil
 import tempfile
 import time
@@ -28,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import annotation_records
+from pipelines import annotation_records, scanned
 from pipelines.annotation_records import Annotated, Done, Key
 from pipelines.explanations import Known, explanations
 from pipelines.ledger import DataFileRecord, Ledger
@@ -36,19 +34,15 @@ from pipelines.schema import DATA, FACTS, VOCABULARY
 from pipelines.storage import DataFile, Store
 from pipelines.words import human
 from pipelines.writer import ROWS_PER_GROUP, parquet_options, sae_column
-from sae_runtime import decoder, suites
+from sae_runtime import decoder
 from sae_runtime.decoder import Columns, Highest, Readout, Unmapped, Way
 from sae_runtime.errors import InputError
-from sae_runtime.hub import HubError
-from sae_runtime.model import ModelSource, locate, site_paths
 from sae_runtime.sae import SaeInfo, SaeWeights
-from sae_runtime.sites import KINDS, Site
 
 PUBLISH = 120.0  # seconds of work that a killed run repeats at most
 TOKENS, NEIGHBOURS, DECODERS = "feature_tokens", "feature_neighbours", "feature_decoders"
 EXPLANATIONS = "explanations"
 COMPARE = ("own", "site", "all")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAPPED = 1 << 12  # features whose output tokens are found and written at once
 _COMPARED = 1 << 16  # features whose neighbours are
 Told = Callable[[str], None]
@@ -275,9 +269,9 @@ class _Work:
         """Find the weights of what is to be done before any is read. Raises InputError."""
         across = self.options.compare != "own" and any(NEIGHBOURS in kinds for kinds in todo.values())
         ids = list(self.records) if across else list(todo)
-        source = _model(self.identity, self.options.model)
+        source = scanned.model(self.identity, self.options.model)
         self.told("finding the SAEs")
-        self._infos = _find(source, [self.records[sae] for sae in ids], self.options.suites)
+        self._infos = scanned.saes(source, [self.records[sae] for sae in ids], self.options.suites)
         self.source = source
         with self.store.open(VOCABULARY) as stream:
             self.vocabulary = pq.read_metadata(stream).num_rows
@@ -312,13 +306,7 @@ class _Work:
         if self._loaded is not None and self._loaded[0] == sae:
             return self._loaded[1]
         self._loaded = None
-        info, record = self._infos[sae], self.records[sae]
-        found = suites.load(info)
-        if found.fingerprint() != record["fingerprint"]:
-            raise InputError(
-                f"saes: {info.uri} is not what was scanned as {sae} (fingerprint {record['fingerprint']}); "
-                "--saes URI says where that is"
-            )
+        found = scanned.weights(self._infos[sae], self.records[sae])
         self._loaded = sae, found
         return found
 
@@ -473,85 +461,3 @@ def _table(kind: str, sae: str, features: np.ndarray, **columns: Any) -> pa.Tabl
         for value in [found[field.name]]
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
-
-
-# --- finding the weights
-
-
-def _model(identity: dict[str, Any], moved: str | None) -> ModelSource:
-    """The model that was scanned. InputError where it is not there or not that one."""
-    scanned = str(identity["fixed"]["model"])
-    uri = moved or str(identity["model"])
-    try:
-        source = locate(uri, scanned if _COMMIT.fullmatch(scanned) and not Path(uri).exists() else None)
-    except InputError as error:
-        if moved is not None:
-            raise
-        raise InputError(f"{error}; --model URI says where it is now") from error
-    if source.fingerprint != scanned:
-        raise InputError(
-            f"model.uri: {uri} is not the model that was scanned ({source.fingerprint}, not {scanned}); "
-            "--model URI says where that is"
-        )
-    return source
-
-
-def _places(record: dict[str, Any], moved: Sequence[str]) -> list[str]:
-    """Roots under which an SAE's suite may be."""
-    suite, uri = str(record["suite"]), str(record["uri"])
-    if moved:
-        return [place for each in moved for place in (each.rstrip("/"), f"{each.rstrip('/')}/{suite}")]
-    path = str(record["id"])[len(suite) + 1 :]
-    at = uri.rfind(f"/{path}") if path else -1
-    if at > 0:
-        return [uri[:at]]
-    return [uri.rsplit("/", n)[0] for n in range(1, min(4, uri.count("/")))]
-
-
-def _find(source: ModelSource, records: Sequence[dict[str, Any]], moved: Sequence[str]) -> dict[str, SaeInfo]:
-    """What the formats say of SAEs that were scanned. InputError names one that is not where it was."""
-    paths: dict[Site, str] = {}
-
-    def at(site: Site) -> str:
-        if site not in paths:
-            paths[site] = site_paths(source, [site])[site][0]
-        return paths[site]
-
-    found: dict[str, SaeInfo] = {}
-    left = {str(record["id"]): record for record in records}
-    places: dict[tuple[str, str], list[str]] = {}
-    rounds = {sae: _places(record, moved) for sae, record in left.items()}
-    for turn in range(max(map(len, rounds.values()), default=0)):
-        places.clear()
-        for sae in left:
-            if turn < len(rounds[sae]):
-                places.setdefault((rounds[sae][turn], str(left[sae]["suite"])), []).append(sae)
-        for (uri, suite), ids in places.items():
-            for kind in (None, *KINDS):  # what the files do not say, a spec's `site` said
-                ids = [sae for sae in ids if sae in left]
-                for info in _listed(uri, suite, ids, kind):
-                    record = left.get(info.id)
-                    if record is not None and at(info.site) == record["site"]:
-                        found[info.id] = info
-                        del left[info.id]
-    if left:
-        sae, record = next(iter(left.items()))
-        where = ", ".join(moved) or record["uri"]
-        raise InputError(
-            f"saes: {sae} ({len(left):,} of {len(records):,} SAEs) is not found at {where}; "
-            "--saes URI says where its suite is"
-        )
-    return found
-
-
-def _listed(uri: str, suite: str, ids: Sequence[str], kind: str | None) -> list[SaeInfo]:
-    """Those of some SAEs that a suite has; none where there is no such suite."""
-    if not ids:
-        return []
-    patterns = [glob.escape(sae) for sae in ids]
-    try:
-        return suites.find(uri, suite, patterns, kind, refused=lambda error: None)
-    except HubError:
-        raise
-    except InputError:
-        return []

@@ -11,7 +11,7 @@ values that they would have beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,20 @@ class Room:
             return False
         self._size += length
         return True
+
+
+def parts(
+    placed: Iterator[Placed], packs: bool, budget: int, tokens: int
+) -> Iterator[tuple[list[Placed], Placed | None]]:
+    """Chunks of about `tokens`, run `budget` at a time, each with the context that comes after it, if any."""
+    held = next(placed, None)
+    while held is not None:
+        part: list[Placed] = []
+        room = Room(packs, budget, tokens)
+        while held is not None and room.take(len(held.context.tokens)):
+            part.append(held)
+            held = next(placed, None)
+        yield part, held
 
 
 def chunk_tables(part: list[Placed], before: int, after: int, unit: Unit) -> Chunk:

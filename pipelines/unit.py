@@ -33,10 +33,10 @@ from pipelines.chunks import (
     Captured,
     Placed,
     PlacedDocument,
-    Room,
     Sample,
     capture,
     chunk_tables,
+    parts,
     without,
 )
 from pipelines.contexts import (
@@ -281,18 +281,12 @@ class _UnitScan:
     def run(self) -> bool:
         """Scan; whether that is done, and not all in vain because of documents that are in `poison` now."""
         kind = torch.device(self.s.setup.device).type
-        placed = self._placed()
-        held: Placed | None = next(placed, None)
+        budget, tokens = BATCH_TOKENS[kind], CHUNK_TOKENS[kind]
         before = -1
-        while held is not None:
-            part = []
-            room = Room(self.s.model.packs, BATCH_TOKENS[kind], CHUNK_TOKENS[kind])
-            while held is not None and room.take(len(held.context.tokens)):
-                part.append(held)
-                held = next(placed, None)
+        for part, held in parts(self._placed(), self.s.model.packs, budget, tokens):
             after = held.document.local if held is not None else -1
             try:
-                self._chunk(part, before, after, BATCH_TOKENS[kind], held is None)
+                self._chunk(part, before, after, budget, held is None)
             except DataError as error:
                 raise DataError(f"{self.work.unit.path} {error}") from error
             except Poisoned as error:

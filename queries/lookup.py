@@ -44,8 +44,13 @@ _EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?(\(\s*(FORMAT|ANALYZE)\b[^)]*\
 
 def column_names(result: duckdb.DuckDBPyConnection) -> list[str]:
     """A result's columns; a name that occurs again gets a number, as in `a`, `a_1`."""
+    return unique([column for column, *_ in result.description or ()])
+
+
+def unique(columns: Sequence[str]) -> list[str]:
+    """Names of columns, numbered where they occur again."""
     names: list[str] = []
-    for column, *_ in result.description or ():
+    for column in columns:
         name, number = column, 0
         while name in names:
             number += 1
@@ -264,8 +269,43 @@ def _top(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> list[
         """,
         [sae, number, k, NEAR],
     )
-    if rows is None:
-        return found
+    if rows is not None:
+        _windows(con, rows, sae, number, found)
+    return found
+
+
+def samples(con: duckdb.DuckDBPyConnection, sae: str, number: int) -> list[dict[str, Any]]:
+    """A feature's sampled contexts as `sampled_contexts` has them, strongest stratum first, spelt.
+
+    Windows are found as those of `feature`.
+    """
+    rows = held(con, sae)
+    table, window = ("sampled_contexts", "positions") if rows is None else ("_sampled_contexts", "offsets")
+    found = ask(
+        con,
+        f"""
+        SELECT t.stratum, t.stratum_contexts, t.activation, t.context, t.position,
+            t.{window} AS positions, t.values, d.document, d.id, d.source, d.row,
+            greatest(t.position - $3, 0) AS first,
+            c.tokens[greatest(t.position - $3, 0) + 1 : t.position + $3 + 1] AS tokens
+        FROM {table} AS t
+        JOIN contexts AS c ON c.context = t.context
+        JOIN documents AS d ON d.document = c.document
+        WHERE t.sae = $1 AND t.feature = $2
+        ORDER BY t.stratum DESC, abs(t.activation) DESC, t.context
+        """,
+        [sae, number, NEAR],
+    )
+    if rows is not None:
+        _windows(con, rows, sae, number, found)
+    spell(con, found)
+    return found
+
+
+def _windows(
+    con: duckdb.DuckDBPyConnection, rows: Held, sae: str, number: int, found: list[dict[str, Any]]
+) -> None:
+    """Put positions where offsets are; both from the rows of `activations` where they are NULL."""
     wanted = [row["context"] for row in found if row["positions"] is None]
     near: dict[int, list[tuple[int, float]]] = {context: [] for context in wanted}
     for token, activation in _rows_of(con, rows, sae, number, wanted) if wanted else ():
@@ -277,7 +317,6 @@ def _top(con: duckdb.DuckDBPyConnection, sae: str, number: int, k: int) -> list[
             continue
         own = [(p, value) for p, value in near[row["context"]] if abs(p - at) <= WINDOW]
         row["positions"], row["values"] = [p for p, _ in own], [value for _, value in own]
-    return found
 
 
 def _page(con: duckdb.DuckDBPyConnection, rows: Held, sae: str, number: int, k: int) -> list[dict[str, Any]]:
@@ -397,16 +436,24 @@ def join_pieces(tokens: list[bytes], values: list[float]) -> list[tuple[str, flo
 
     Bytes that are no text even then (a character cut by the window) are shown as U+FFFD.
     """
-    pieces: list[tuple[str, float]] = []
-    held, highest = b"", 0.0
-    for token, value in zip(tokens, values, strict=True):
-        held, highest = held + token, max(highest, value, key=lambda v: (abs(v), v))
+    found, start = [], 0
+    for text, count in joined(tokens):
+        strongest = max(values[start : start + count], key=lambda value: (abs(value), value))
+        found.append((text, strongest))
+        start += count
+    return found
+
+
+def joined(tokens: Sequence[bytes]) -> Iterator[tuple[str, int]]:
+    """(text, number of tokens) of each piece: tokens that share a character are one."""
+    held, count = b"", 0
+    for token in tokens:
+        held, count = held + token, count + 1
         if not _is_cut(held):
-            pieces.append((held.decode(errors="replace"), highest))
-            held, highest = b"", 0.0
-    if held:
-        pieces.append((held.decode(errors="replace"), highest))
-    return pieces
+            yield held.decode(errors="replace"), count
+            held, count = b"", 0
+    if count:
+        yield held.decode(errors="replace"), count
 
 
 def _is_cut(data: bytes) -> bool:

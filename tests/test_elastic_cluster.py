@@ -125,7 +125,7 @@ def test_machines_that_come_are_used_and_one_that_goes_is_survived(
     err = driver.end()
     assert "1 worker now, as many as the cluster gets" in err
     assert len({process for process, _ in driver.units}) >= 3
-    assert driver.units[-1][1] <= 2  # nothing waits for a machine any more
+    assert driver.units[-1][1] <= 3  # what waited for machines that never came was taken back
     check(tmp_path / "index", tiny_index)
     assert set(kinds(tmp_path / "index")) <= {"infra"}
 

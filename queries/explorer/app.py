@@ -21,8 +21,9 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from queries.explorer import compare, documents, feature, overview, sae, sql, vega
+from queries.explorer import compare, documents, feature, overview, passage, sae, sql, vega
 from queries.explorer.session import Session
+from queries.explorer.web import not_found
 
 HOSTS = ("127.0.0.1", "localhost")
 _HEADERS = {
@@ -35,6 +36,7 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+_ROOMS = (overview, sae, feature, documents, passage, compare, sql)
 _STATIC = Path(__file__).parent / "static"
 
 
@@ -42,10 +44,15 @@ def application(session: Session) -> Starlette:
     """The explorer of a session."""
     app = Starlette(
         routes=[
-            *(route for room in (overview, sae, feature, documents, compare, sql) for route in room.ROUTES),
+            *(
+                route
+                for room in (overview, sae, feature, documents, passage, compare, sql)
+                for route in room.ROUTES
+            ),
             Route("/vega.js", _vega, methods=["GET"]),
             Mount("/static", StaticFiles(directory=_STATIC)),
         ],
+        exception_handlers={404: _not_found},
         middleware=[
             Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS), www_redirect=False),
             Middleware(BaseHTTPMiddleware, dispatch=_guarded),
@@ -54,6 +61,10 @@ def application(session: Session) -> Starlette:
     )
     app.state.session = session
     return app
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    return not_found(request)
 
 
 async def _guarded(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:

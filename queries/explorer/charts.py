@@ -95,12 +95,9 @@ def feature_points(
     rows: Sequence[dict[str, Any]], density: Sequence[float | None], maximum: Sequence[float | None]
 ) -> Chart:
     """Features by density and |maximum|, both logarithmic; `brush` selects: both spans, at first."""
-    brush: Chart = {"name": "brush", "select": {"type": "interval", "mark": {"fill": "$strong"}}}
-    if None not in (*density, *maximum):
-        brush["value"] = {"x": list(density), "y": list(maximum)}
     return {
         "data": {"values": list(rows)},
-        "params": [brush],
+        "params": [_brush(density, maximum)],
         "mark": {"type": "point", "filled": True, "size": 14},
         "encoding": {
             "x": {"field": "density", "type": "quantitative", "scale": {"type": "log"},
@@ -115,6 +112,40 @@ def feature_points(
         "width": "container",
         "height": 300,
     }  # fmt: skip
+
+
+def feature_cells(
+    rows: Sequence[dict[str, Any]], density: Sequence[float | None], maximum: Sequence[float | None]
+) -> Chart:
+    """How many features there are in each cell of the same axes; `brush` as there."""
+    return {
+        "data": {"values": list(rows)},
+        "params": [_brush(density, maximum)],
+        "mark": {"type": "rect"},
+        "encoding": {
+            "x": {"field": "density", "type": "quantitative", "scale": {"type": "log"},
+                  "axis": {"title": "density"}},
+            "x2": {"field": "density_to"},
+            "y": {"field": "max", "type": "quantitative", "scale": {"type": "log"},
+                  "axis": {"title": "maximum (absolute)"}},
+            "y2": {"field": "max_to"},
+            "color": {"field": "features", "type": "quantitative",
+                      "scale": {"type": "log", "range": ["$quiet", "$accent"]},
+                      "legend": {"title": "features", "orient": "top"}},
+            "opacity": {"condition": {"param": "brush", "value": 1}, "value": 0.35},
+            "tooltip": [{"field": "features"}, {"field": "density", "format": ".3g", "title": "density from"},
+                        {"field": "max", "format": ".4g", "title": "maximum from"}],
+        },
+        "width": "container",
+        "height": 300,
+    }  # fmt: skip
+
+
+def _brush(density: Sequence[float | None], maximum: Sequence[float | None]) -> Chart:
+    brush: Chart = {"name": "brush", "select": {"type": "interval", "mark": {"fill": "$strong"}}}
+    if None not in (*density, *maximum):
+        brush["value"] = {"x": list(density), "y": list(maximum)}
+    return brush
 
 
 # --- compare

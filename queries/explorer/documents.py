@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from queries import lookup
+from queries.explorer import tokens
 from queries.explorer.sae import all_saes
 from queries.explorer.web import Answer, Ask, page
 from sae_runtime.errors import InputError
@@ -56,12 +57,13 @@ def document(ask: Ask) -> Answer:
     each_token = ask.text("tokens") == "1"
     number = ask.integer("page", 1, 1, 10**6)
     found = ask.rows(
-        "SELECT context, first, tokens FROM contexts WHERE document = $1 ORDER BY start, context "
+        "SELECT context, first, tokens, counted FROM contexts WHERE document = $1 ORDER BY start, context "
         f"LIMIT {CONTEXTS + 1} OFFSET {(number - 1) * CONTEXTS}",
         [key],
     )
     contexts = found[:CONTEXTS]
-    values: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    places = {place: i for i, place in enumerate(tokens.places(contexts))}
+    active: dict[int, list[tuple[int, float]]] = {}
     lacking = ""
     if facts["keep"] != "tokens" and (feature is not None or each_token):
         lacking = (
@@ -73,8 +75,8 @@ def document(ask: Ask) -> Answer:
             "WHERE sae = $1 AND list_contains($2, context) AND ($3 IS NULL OR feature = $3)",
             [sae, [each["context"] for each in contexts], feature],
         ):
-            at = values.setdefault((row["context"], row["position"]), [])
-            at.append((row["feature"], row["activation"]))
+            at = places[row["context"], row["position"]]
+            active.setdefault(at, []).append((row["feature"], row["activation"]))
     strongest: list[dict[str, Any]] | None = None
     if facts["keep"] != "none":
         strongest = ask.rows(
@@ -82,7 +84,6 @@ def document(ask: Ask) -> Answer:
             f"ORDER BY abs(max) DESC, feature LIMIT {_STRONGEST}",
             [key, sae],
         )
-    highest = max((abs(value) for at in values.values() for _, value in at), default=0.0)
     return {
         "title": f"Document {rows[0]['id'] if rows[0]['id'] is not None else key}",
         "row": rows[0],
@@ -94,26 +95,10 @@ def document(ask: Ask) -> Answer:
         "more": len(found) > CONTEXTS,
         "lacking": lacking,
         "strongest": strongest,
-        "highest": highest,
-        "active": len(values),
-        "pieces": _pieces(ask, contexts, values),
+        "highest": max((abs(value) for at in active.values() for _, value in at), default=0.0),
+        "active": len(active),
+        "pieces": tokens.of_contexts(contexts, lookup.spelling(ask.con, contexts), active, feature),
     }
-
-
-def _pieces(
-    ask: Ask,
-    contexts: list[dict[str, Any]],
-    values: dict[tuple[int, int], list[tuple[int, float]]],
-) -> list[tuple[str, float]]:
-    """(text, strongest activation) of a document's tokens, in order."""
-    spelling = lookup.spelling(ask.con, contexts)
-    tokens, strengths = [], []
-    for context in contexts:
-        for position in range(context["first"], len(context["tokens"])):
-            tokens.append(spelling[context["tokens"][position]])
-            at = values.get((context["context"], position), ())
-            strengths.append(max((value for _, value in at), key=abs, default=0.0))
-    return lookup.join_pieces(tokens, strengths)
 
 
 ROUTES = [

@@ -9,7 +9,6 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from pipelines.schema import NEAR
 from queries import lookup
 from queries.explorer import charts
 from queries.explorer.sae import all_saes
@@ -21,16 +20,6 @@ from sae_runtime.errors import InputError
 TOP = 20  # highest contexts that are shown
 _VALUES = 30  # of a metadata column
 _NO_GROUPS = ("document", "id", "row", "n_tokens")  # columns of documents that make no groups
-_SAMPLES = """
-SELECT t.stratum, t.stratum_contexts, t.activation, t.context, t.position, t.positions, t.values,
-    d.document, d.id, d.source, d.row, greatest(t.position - $3, 0) AS first,
-    c.tokens[greatest(t.position - $3, 0) + 1 : t.position + $3 + 1] AS tokens
-FROM sampled_contexts AS t
-JOIN contexts AS c ON c.context = t.context
-JOIN documents AS d ON d.document = c.document
-WHERE t.sae = $1 AND t.feature = $2
-ORDER BY t.stratum DESC, abs(t.activation) DESC, t.context
-"""
 
 
 def feature(ask: Ask) -> Answer:
@@ -49,9 +38,7 @@ def feature(ask: Ask) -> Answer:
     }
     for each in contexts:
         each["document"] = documents[each["context"]]
-    samples = ask.rows(_SAMPLES, [sae, number, NEAR])
-    if samples:
-        lookup.spell(ask.con, samples)
+    samples = lookup.samples(ask.con, sae, number)
     strata = [
         {"stratum": stratum, "of": rows[0]["stratum_contexts"], "contexts": rows}
         for stratum, rows in ((key, list(group)) for key, group in groupby(samples, lambda r: r["stratum"]))

@@ -17,16 +17,23 @@ from sae_runtime.errors import InputError
 
 PAGE = 50  # rows of the table
 _BINS_A_DECADE = 4  # of the histogram of densities
-_DRAWN = 50_000  # features that are drawn one by one
+_DRAWN = 20_000  # features that are drawn one by one
+_CELLS = 24  # a decade, of the map of more
 COLUMNS = (
     "feature", "density", "n_tokens", "n_documents", "mean_active", "max", "p50", "p99",
 )  # fmt: skip
-_BOUNDS = {
-    "min_density": "density >= {}",
-    "max_density": "density <= {}",
-    "min_max": "abs(max) >= {}",
-    "max_max": "abs(max) <= {}",
+# Parameter -> (the condition, its words on the page).
+BOUNDS = {
+    "min_density": ("density >= {}", "density from"),
+    "max_density": ("density <= {}", "to"),
+    "min_max": ("abs(max) >= {}", "maximum from"),
+    "max_max": ("abs(max) <= {}", "to"),
+    "min_tokens": ("n_tokens >= {}", "tokens from"),
+    "min_documents": ("n_documents >= {}", "documents from"),
 }
+_EXPLAINED = (
+    "feature IN (SELECT feature FROM explanations WHERE sae = {} AND contains(lower(description), {}))"
+)
 
 
 def sae(ask: Ask) -> Answer:
@@ -35,9 +42,14 @@ def sae(ask: Ask) -> Answer:
     [facts] = [row for row in all_saes(ask) if row["sae"] == chosen]
     table = identifier(ask.snapshot.features(ask.con, chosen))
     sort = ask.choice("sort", [*COLUMNS, *(f"-{column}" for column in COLUMNS)], "n_tokens")
-    bounds = {name: ask.number(name) for name in _BOUNDS}
+    bounds = {name: ask.number(name) for name in BOUNDS}
+    words = ask.text("words")
     dead = ask.choice("dead", ("", "yes", "no"), "")
-    conditions = [_BOUNDS[name].format(literal(value)) for name, value in bounds.items() if value is not None]
+    conditions = [
+        BOUNDS[name][0].format(literal(value)) for name, value in bounds.items() if value is not None
+    ]
+    if words:
+        conditions.append(_EXPLAINED.format(text(chosen), text(words.lower())))
     if dead:
         conditions.append(f"n_tokens {'=' if dead == 'yes' else '>'} 0")
     where = " AND ".join(conditions) or "true"
@@ -63,14 +75,17 @@ def sae(ask: Ask) -> Answer:
     examples = lookup.examples(ask.con, chosen, [row["feature"] for row in rows if row["n_tokens"]])
     for row in rows:
         row["example"] = examples.get(row["feature"])
+    explained = _explanations(ask, chosen, [row["feature"] for row in rows])
     names = [each["sae"] for each in all_saes(ask)]
     at = names.index(chosen)
-    query = {**bounds, "dead": dead}
+    query = {**bounds, "dead": dead, "words": words}
     return {
         "title": chosen,
         "sae": facts,
         "counts": counts,
         "rows": rows,
+        "explained": explained,
+        "bounds": BOUNDS,
         "columns": COLUMNS,
         "sort": sort,
         "ascending": ascending,
@@ -80,7 +95,10 @@ def sae(ask: Ask) -> Answer:
         "before": names[at - 1] if at else None,
         "after": names[at + 1] if at + 1 < len(names) else None,
         "densities": _densities(ask, table) if counts["dead"] < counts["width"] else None,
-        "points": links.to("sae/points.json", sae=chosen, **bounds),
+        "points": links.to(
+            "sae/points.json", sae=chosen, **{name: bounds[name] for name in list(BOUNDS)[:4]}
+        ),
+        "binned": counts["width"] - counts["dead"] > _DRAWN,
         "statement": f"SELECT {', '.join(COLUMNS)} FROM features WHERE sae = {text(chosen)} AND {where} "
         f"ORDER BY {order} LIMIT {PAGE}",
     }
@@ -100,18 +118,35 @@ def _densities(ask: Ask, table: str) -> charts.Chart:
     return charts.bars(bins, "low", "high", "features", "density", "features")
 
 
+def _explanations(ask: Ask, sae: str, features: list[int]) -> dict[int, str] | None:
+    """A description of each of some features that has one; None where the SAE has none at all."""
+    some = "SELECT count(*) AS n FROM explanations WHERE sae = $1"
+    if not ask.snapshot.once(("explained", sae), lambda: ask.rows(some, [sae])[0]["n"]):
+        return None
+    found = ask.rows(
+        "SELECT feature, first(description ORDER BY score DESC NULLS LAST, source, method, description) "
+        "AS description FROM explanations WHERE sae = $1 AND list_contains($2, feature) GROUP BY feature",
+        [sae, features],
+    )
+    return {row["feature"]: row["description"] for row in found}
+
+
 def points(ask: Ask) -> Answer:
-    """The map of an SAE's live features, as a chart. Of more than 50,000 a sample by number is drawn."""
+    """The map of an SAE's live features as a chart: points, or counts of cells where there are too many."""
     chosen = ask.sae()
     table = identifier(ask.snapshot.features(ask.con, chosen))
-    [found] = ask.rows(f"SELECT count(*) AS n FROM {table} WHERE n_tokens > 0 AND max <> 0")
-    step = -(-found["n"] // _DRAWN) or 1
-    rows = ask.rows(
-        f"SELECT feature, density, abs(max) AS max FROM {table} "
-        f"WHERE n_tokens > 0 AND max <> 0 AND feature % {step} = 0"
-    )
     spans = [[ask.number(f"{end}_{field}") for end in ("min", "max")] for field in ("density", "max")]
-    return charts.feature_points(rows, *spans)
+    live = f"FROM {table} WHERE n_tokens > 0 AND max <> 0"
+    if ask.rows(f"SELECT count(*) AS n {live}")[0]["n"] <= _DRAWN:
+        rows = ask.rows(f"SELECT feature, density, abs(max) AS max {live}")
+        return charts.feature_points(rows, *spans)
+    cells = ask.rows(
+        f"SELECT pow(10, i / {_CELLS}) AS density, pow(10, (i + 1) / {_CELLS}) AS density_to, "
+        f"pow(10, j / {_CELLS}) AS max, pow(10, (j + 1) / {_CELLS}) AS max_to, count(*) AS features "
+        f"FROM (SELECT floor(log10(density) * {_CELLS}) AS i, floor(log10(abs(max)) * {_CELLS}) AS j {live}) "
+        "GROUP BY i, j ORDER BY i, j"
+    )
+    return charts.feature_cells(cells, *spans)
 
 
 ROUTES = [page("/sae", sae, "sae.html"), page("/sae/points.json", points)]

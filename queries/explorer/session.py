@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import duckdb
 
@@ -111,14 +111,24 @@ class Snapshot:
             return table
 
 
+class Reader(Protocol):
+    """Reads passages; what comes is a `pipelines.passage.Passage`."""
+
+    doing: str
+
+    def read(self, identity: dict[str, Any], sae: str, text: str) -> Future[Any]:
+        """What an SAE of an index has on a text."""
+        ...
+
+
 @dataclass
 class Outside:
     """What the explorer is handed, since this room may not know of it."""
 
     # What an index says of itself (pipelines/status.py): counts, state, progress.
     status: Callable[[str], Any]
-    # Runs the model on a text (jobs/passage.py), or why it cannot be run here.
-    reader: Any = None
+    # Runs a model on a text (pipelines/reading.py); None where that is not wanted.
+    reader: Reader | None = None
 
 
 @dataclass

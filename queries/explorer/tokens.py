@@ -8,30 +8,82 @@ allows none): 20 steps, orange above zero and blue below, with a rule beneath fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
+from queries.lookup import joined
 from sae_runtime.terminal import sign
 
 STEPS = 20
+_NAMED = 5  # features of a token that its label names
 _CUT = 2000  # characters of one token that are shown
 
 
+Active = Mapping[int, Sequence[tuple[int, float]]]  # token -> its active features and their activations
+
+
+class Piece(NamedTuple):
+    """One token, or several that share a character."""
+
+    text: str
+    value: float  # that it is shaded by; 0 is inactive
+    words: str = ""  # its label, where it is more than the value
+    counted: bool = True
+
+
+def pieces(
+    tokens: Sequence[bytes], active: Active, feature: int | None = None, uncounted: Container[int] = ()
+) -> list[Piece]:
+    """Pieces shaded by a feature, or by the strongest of each and labelled with the strongest few."""
+    found, start = [], 0
+    for text, count in joined(tokens):
+        each = range(start, start + count)
+        rows = [row for token in each for row in active.get(token, ()) if feature in (None, row[0])]
+        rows.sort(key=lambda row: (-abs(row[1]), row[0]))
+        words = "" if feature is not None else "\n".join(f"{n}: {v:.4g}" for n, v in rows[:_NAMED])
+        if len(rows) > _NAMED and words:
+            words += f"\n{len(rows) - _NAMED} more"
+        counted = any(token not in uncounted for token in each)
+        found.append(Piece(text, rows[0][1] if rows else 0.0, words, counted))
+        start += count
+    return found
+
+
+def places(contexts: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """(context, position) of the own tokens of a document's contexts, in order."""
+    return [
+        (each["context"], position)
+        for each in contexts
+        for position in range(each["first"], len(each["tokens"]))
+    ]
+
+
+def of_contexts(
+    contexts: Sequence[Mapping[str, Any]], spelling: Mapping[int, bytes], active: Active, feature: int | None
+) -> list[Piece]:
+    """Pieces of a document's contexts; `active` numbers the own tokens in order (`places`)."""
+    spelt = [spelling[token] for each in contexts for token in each["tokens"][each["first"] :]]
+    flags = [flag for each in contexts for flag in each["counted"][each["first"] :]]
+    uncounted = {i for i, flag in enumerate(flags) if not flag}
+    return pieces(spelt, active, feature, uncounted)
+
+
 def shaded(pieces: Sequence[Sequence[Any]], highest: float, peak: float | None = None) -> Markup:
-    """Spans of (text, activation) pieces; shades are of |highest|. Pieces of exactly `peak` are outlined."""
+    """Spans of (text, activation) or `Piece`s; shades are of |highest|, what is exactly `peak` has a rim."""
     return Markup("").join(
-        _token(text, value, highest, peak is not None and value == peak) for text, value in pieces
+        _token(Piece(*piece), highest, peak is not None and piece[1] == peak) for piece in pieces
     )
 
 
-def _token(text: str, value: float, highest: float, is_peak: bool) -> Markup:
-    shown = visible(text)
-    if not value:
-        return Markup('<span class="t">{}</span>').format(shown)
-    name = f"t {shade(value, highest)}{' peak' if is_peak else ''}"
-    return Markup('<span class="{}" data-v="{}" tabindex="-1">{}</span>').format(name, f"{value:.4g}", shown)
+def _token(piece: Piece, highest: float, is_peak: bool) -> Markup:
+    shown = visible(piece.text)
+    if not piece.value:
+        return Markup('<span class="t{}">{}</span>').format("" if piece.counted else " dim", shown)
+    name = f"t {shade(piece.value, highest)}{' peak' if is_peak else ''}"
+    label = piece.words or f"{piece.value:.4g}"
+    return Markup('<span class="{}" data-v="{}" tabindex="-1">{}</span>').format(name, label, shown)
 
 
 def shade(value: float, highest: float) -> str:

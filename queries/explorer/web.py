@@ -47,8 +47,11 @@ class Ask:
         return lookup.ask(self.con, statement, values)
 
     def text(self, name: str, default: str = "") -> str:
-        """A word of the address."""
-        return self.query.get(name, default).strip()
+        """A word of the address. Raises InputError for the one character that no SQL text can hold."""
+        given = self.query.get(name, default).strip()
+        if "\0" in given:
+            raise InputError(f"{name}: the character NUL cannot be asked for")
+        return given
 
     def integer(self, name: str, default: int | None = None, least: int = 0, most: int = 2**62) -> int:
         """A whole number of the address. Raises InputError where it is none, or must be given and is not."""
@@ -149,6 +152,13 @@ def _failed(request: Request, error: CorpuscopeError, as_html: bool, status: int
         status = 400 if isinstance(error, InputError) else 503
     answer = {"error": str(error), "status": status, "title": "Not to be shown"}
     return _shown(request, "error.html" if as_html else "", answer, 0.0, status)
+
+
+def not_found(request: Request) -> Response:
+    """The page for an address that there is none at."""
+    return _failed(
+        request, InputError(f"{request.url.path[:_LONGEST]}: no such page"), as_html=True, status=404
+    )
 
 
 def to_json(value: Any) -> str:

@@ -1,6 +1,6 @@
 // Draws each <figure data-chart> from the JSON of the data block inside it, or of the address in data-from.
 // Colours are those of the page's theme: `$name` in a chart is the variable --name of explorer.css.
-// A selection called `brush` is told to the page as an event `brush`, with the spans of the axes' fields.
+// A mark that stands for a feature or an SAE opens its page. A selection called `brush` is told to the page as an event `brush`, with the spans of the axes' fields.
 
 const styles = () => getComputedStyle(document.documentElement);
 function themed(chart, look) {
@@ -44,6 +44,11 @@ async function draw(figure) {
       waiting = setTimeout(() => figure.dispatchEvent(new CustomEvent("brush", { bubbles: true, detail: spans })), 250);
     });
   }
+  result.view.addEventListener("click", (_, item) => {
+    const { sae = new URL(location).searchParams.get("sae"), feature } = item?.datum ?? {};
+    if (!item?.datum || sae === null || (feature === undefined && item.datum.sae === undefined)) return;
+    location.assign(feature === undefined ? `/sae?${new URLSearchParams({ sae })}` : `/feature?${new URLSearchParams({ sae, feature })}`);
+  });
   figure.dataset.drawn = "";
   figure.dispatchEvent(new Event("drawn"));
 }

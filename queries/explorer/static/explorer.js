@@ -71,6 +71,10 @@ document.addEventListener("click", async (event) => {
   link.replaceWith(place);
 });
 
+// --- what takes a while says so
+addEventListener("submit", (event) => event.target.setAttribute("aria-busy", "true"));
+addEventListener("pageshow", () => document.querySelector("form[aria-busy]")?.removeAttribute("aria-busy"));
+
 // --- keys: a page's links and forms name theirs in data-key
 const dialog = document.getElementById("keys");
 const keyed = () => [...document.querySelectorAll("[data-key]")];

@@ -1,4 +1,4 @@
-// The map of an SAE: what is brushed goes into the address, a point that is clicked opens its feature.
+// The map of an SAE: what is brushed goes into the address.
 
 const figure = document.getElementById("map");
 figure?.addEventListener("brush", (event) => {
@@ -16,11 +16,4 @@ figure?.addEventListener("brush", (event) => {
   if (!moved) return;
   address.searchParams.delete("page");
   location.assign(address);
-});
-figure?.addEventListener("drawn", () => {
-  figure.view.addEventListener("click", (_, item) => {
-    if (item?.datum?.feature === undefined) return;
-    const sae = new URL(location).searchParams.get("sae");
-    location.assign(`/feature?${new URLSearchParams({ sae, feature: item.datum.feature })}`);
-  });
 });
