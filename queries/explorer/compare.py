@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from queries.diff import COLUMNS, MIN_DOCUMENTS, diff
 from queries.explorer import charts
@@ -99,9 +99,8 @@ def _sorted(table: pa.Table, sort: str) -> pa.Table:
     """By effect, features without one last; as `diff` gives it otherwise."""
     if sort == "q":
         return table
-    order = pc.sort_indices(
-        table, [("effect", "descending" if sort == "a" else "ascending")], null_placement="at_end"
-    )
+    effects = table["effect"].to_numpy()  # NULL is NaN, which sorts last
+    order = np.argsort(-effects if sort == "a" else effects, kind="stable")
     return table.take(order)
 
 

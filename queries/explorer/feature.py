@@ -29,20 +29,6 @@ def feature(ask: Ask) -> Answer:
     [facts] = [row for row in all_saes(ask) if row["sae"] == sae]
     shades = ask.choice("shades", ("feature", "context"), "feature")
     contexts = found["contexts"]
-    documents = {
-        row["context"]: row["document"]
-        for row in ask.rows(
-            "SELECT context, document FROM contexts WHERE list_contains($1, context)",
-            [[each["context"] for each in contexts]],
-        )
-    }
-    for each in contexts:
-        each["document"] = documents[each["context"]]
-    samples = lookup.samples(ask.con, sae, number)
-    strata = [
-        {"stratum": stratum, "of": rows[0]["stratum_contexts"], "contexts": rows}
-        for stratum, rows in ((key, list(group)) for key, group in groupby(samples, lambda r: r["stratum"]))
-    ]
     bins = charts.activation_bins(found["histogram"] or [])
     columns = [r["column_name"] for r in ask.rows("DESCRIBE documents") if r["column_name"] not in _NO_GROUPS]
     by = ask.choice("by", columns, columns[0])
@@ -52,16 +38,37 @@ def feature(ask: Ask) -> Answer:
         "facts": facts,
         "highest": max((abs(each["activation"]) for each in contexts), default=0.0),
         "shades": shades,
-        "strata": strata,
         "chart": charts.bars(bins, "from", "to", "tokens", "activation (absolute)", "tokens")
         if bins
         else None,
         "columns": columns,
         "by": by,
         "groups": _groups(ask, sae, number, by) if facts["keep"] != "none" else None,
+        "saes": [each["id"] for each in ask.snapshot.saes],
         "statement": f"FROM top({text(sae)}, {number}, {TOP})",
         "before": number - 1 if number else None,
         "after": number + 1 if number + 1 < facts["width"] else None,
+    }
+
+
+def samples(ask: Ask) -> Answer:
+    """The sampled contexts of each stratum: a part of its own, since it costs as much as the rest."""
+    sae, number = ask.sae(), ask.integer("feature")
+    [facts] = [row for row in all_saes(ask) if row["sae"] == sae]
+    if number >= facts["width"]:
+        raise InputError(f"feature: {sae} has features 0 to {facts['width'] - 1}, not {number}")
+    found = lookup.samples(ask.con, sae, number)
+    strata = [
+        {"stratum": stratum, "of": rows[0]["stratum_contexts"], "contexts": rows}
+        for stratum, rows in ((key, list(group)) for key, group in groupby(found, lambda r: r["stratum"]))
+    ]
+    return {
+        "title": f"{sae} {number}",
+        "sae": sae,
+        "number": number,
+        "shades": ask.choice("shades", ("feature", "context"), "feature"),
+        "highest": ask.number("highest") or max((abs(each["activation"]) for each in found), default=0.0),
+        "strata": strata,
     }
 
 
@@ -82,13 +89,13 @@ def _groups(ask: Ask, sae: str, number: int, column: str) -> list[dict[str, Any]
 
 
 def cofiring(ask: Ask) -> Answer:
-    """Features that fire in the same documents, of every SAE; on demand, since it may take a second."""
+    """Features of an SAE, or of all, that fire in the same documents; on demand, since it takes a while."""
     from queries.recipe import statement
 
     sae, number = ask.sae(), ask.integer("feature")
-    if any(each["keep"] == "none" for each in ask.snapshot.saes):
-        raise InputError("co-firing: document rows of an SAE were not kept (`keep: none` of the spec)")
-    sql = statement(ask.con, "cofiring_documents", {"sae": sae, "feature": str(number), "limit": "20"})
+    other = ask.sae("other") if ask.text("other") not in ("", "all") else ask.text("other") or sae
+    asked = {"sae": sae, "feature": str(number), "other": other, "limit": "20"}
+    sql = statement(ask.con, "cofiring_documents", asked)
     result = lookup.select(ask.con, sql)
     return {
         "title": f"{sae} {number}",
@@ -96,10 +103,14 @@ def cofiring(ask: Ask) -> Answer:
         "rows": list(lookup.rows(result)),
         "sae": sae,
         "number": number,
+        "other": other,
+        "saes": [each["id"] for each in ask.snapshot.saes],
+        "statement": sql,
     }
 
 
 ROUTES = [
     page("/feature", feature, "feature.html"),
+    page("/feature/samples", samples, "samples.html"),
     page("/feature/cofiring", cofiring, "cofiring.html"),
 ]

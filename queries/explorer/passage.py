@@ -91,7 +91,7 @@ def _features(ask: Ask, sae: str, here: dict[int, dict[str, Any]], sort: str) ->
     """The features that fire, with the index's statistics and the tokens around their maximum there."""
     table = identifier(ask.snapshot.features(ask.con, sae))
     known = ask.rows(
-        f"SELECT feature, density, n_tokens, p99, max FROM {table} WHERE list_contains($1, feature)",
+        f"SELECT feature, density, n_tokens, max FROM {table} WHERE list_contains($1, feature)",
         [list(here)],
     )
     rows = [

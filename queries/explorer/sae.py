@@ -22,6 +22,7 @@ _CELLS = 24  # a decade, of the map of more
 COLUMNS = (
     "feature", "density", "n_tokens", "n_documents", "mean_active", "max", "p50", "p99",
 )  # fmt: skip
+_QUANTILES = ("p50", "p99")  # of all features they take longer than all the rest: on demand
 # Parameter -> (the condition, its words on the page).
 BOUNDS = {
     "min_density": ("density >= {}", "density from"),
@@ -40,8 +41,10 @@ def sae(ask: Ask) -> Answer:
     """Values of `sae.html`."""
     chosen = ask.sae()
     [facts] = [row for row in all_saes(ask) if row["sae"] == chosen]
-    table = identifier(ask.snapshot.features(ask.con, chosen))
     sort = ask.choice("sort", [*COLUMNS, *(f"-{column}" for column in COLUMNS)], "n_tokens")
+    quantiles = ask.choice("quantiles", ("", "1"), "") or sort.removeprefix("-") in _QUANTILES
+    columns = [name for name in COLUMNS if quantiles or name not in _QUANTILES]
+    table = identifier(ask.snapshot.features(ask.con, chosen, bool(quantiles)))
     bounds = {name: ask.number(name) for name in BOUNDS}
     words = ask.text("words")
     dead = ask.choice("dead", ("", "yes", "no"), "")
@@ -69,7 +72,7 @@ def sae(ask: Ask) -> Answer:
     if number > pages:
         raise InputError(f"page: {number:,}, but there are {pages:,}")
     rows = ask.rows(
-        f"SELECT {', '.join(COLUMNS)} FROM {table} WHERE {where} ORDER BY {order} "
+        f"SELECT {', '.join(columns)} FROM {table} WHERE {where} ORDER BY {order} "
         f"LIMIT {PAGE} OFFSET {(number - 1) * PAGE}"
     )
     examples = lookup.examples(ask.con, chosen, [row["feature"] for row in rows if row["n_tokens"]])
@@ -78,7 +81,7 @@ def sae(ask: Ask) -> Answer:
     explained = _explanations(ask, chosen, [row["feature"] for row in rows])
     names = [each["sae"] for each in all_saes(ask)]
     at = names.index(chosen)
-    query = {**bounds, "dead": dead, "words": words}
+    query = {**bounds, "dead": dead, "words": words, "quantiles": "1" if quantiles else None}
     return {
         "title": chosen,
         "sae": facts,
@@ -86,7 +89,7 @@ def sae(ask: Ask) -> Answer:
         "rows": rows,
         "explained": explained,
         "bounds": BOUNDS,
-        "columns": COLUMNS,
+        "columns": columns,
         "sort": sort,
         "ascending": ascending,
         "query": query,
@@ -99,7 +102,7 @@ def sae(ask: Ask) -> Answer:
             "sae/points.json", sae=chosen, **{name: bounds[name] for name in list(BOUNDS)[:4]}
         ),
         "binned": counts["width"] - counts["dead"] > _DRAWN,
-        "statement": f"SELECT {', '.join(COLUMNS)} FROM features WHERE sae = {text(chosen)} AND {where} "
+        "statement": f"SELECT {', '.join(columns)} FROM features WHERE sae = {text(chosen)} AND {where} "
         f"ORDER BY {order} LIMIT {PAGE}",
     }
 

@@ -30,7 +30,7 @@ T = TypeVar("T")
 _LOOK_SECONDS = 5.0  # between looks for new commits, at least
 _SHARE = 0.05  # of the time at most that goes into such looks
 _KEPT = 64  # answers that a snapshot remembers
-_TABLES = 8  # SAEs whose features it holds in memory
+_TABLES = 16  # of SAEs' features that it holds in memory
 
 
 class Snapshot:
@@ -44,7 +44,7 @@ class Snapshot:
         self._con = opened(found)
         self._idle: queue.SimpleQueue[duckdb.DuckDBPyConnection] = queue.SimpleQueue()
         self._answers: OrderedDict[Any, Future[Any]] = OrderedDict()
-        self._tables: OrderedDict[str, str] = OrderedDict()  # SAE -> table
+        self._tables: OrderedDict[tuple[str, bool], str] = OrderedDict()
         self._lock, self._making = threading.Lock(), threading.Lock()
 
     @property
@@ -89,22 +89,24 @@ class Snapshot:
                 raise
         return future.result()
 
-    def features(self, con: duckdb.DuckDBPyConnection, sae: str) -> str:
-        """The name of a table in memory with the rows that `features` has of an SAE, without `sae`.
+    def features(self, con: duckdb.DuckDBPyConnection, sae: str, quantiles: bool = False) -> str:
+        """The name of a table in memory with what `features` has of an SAE, without `sae` and `histogram`.
 
-        The view merges partial summaries and histograms for each question; a page asks several.
+        The view merges partial summaries for each question; a page asks several. Quantiles, which take the
+        histograms, are there where they are asked for: of 16,384 features 0.3 s, without them 0.07.
         """
+        key, out = (sae, quantiles), "sae, histogram" + ("" if quantiles else ", p50, p90, p99")
         with self._making:
-            table = self._tables.pop(sae, None)
+            table = self._tables.pop(key, None)
             if table is None:
                 table = f"_features_of_{time.monotonic_ns()}"
                 ask(
                     con,
                     f"CREATE TABLE {identifier(table)} AS "
-                    "SELECT * EXCLUDE (sae) FROM features WHERE sae = $1 ORDER BY feature",
+                    f"SELECT * EXCLUDE ({out}) FROM features WHERE sae = $1 ORDER BY feature",
                     [sae],
                 )
-            self._tables[sae] = table
+            self._tables[key] = table
             while len(self._tables) > _TABLES:
                 _, old = self._tables.popitem(last=False)
                 ask(con, f"DROP TABLE {identifier(old)}")

@@ -59,17 +59,33 @@ function step(by) {
   rows[row]?.scrollIntoView({ block: "nearest" });
 }
 
-// --- parts of pages that are fetched when they are asked for; without scripts they are links
-document.addEventListener("click", async (event) => {
-  const link = event.target.closest?.("[data-expand]");
+// --- parts of pages: links and forms that are fetched when they are asked for, or at once; without scripts
+// they lead to pages of their own
+async function take(address, place) {
+  place.setAttribute("aria-busy", "true");
+  const answer = await fetch(address);
+  const part = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main, .part");
+  part?.querySelectorAll(".alone").forEach((each) => each.remove());
+  place.replaceChildren(...(part?.childNodes ?? []));
+  place.removeAttribute("aria-busy");
+}
+document.addEventListener("click", (event) => {
+  const link = event.target.closest?.("a[data-expand]");
   if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
-  const answer = await fetch(link.dataset.expand);
-  const part = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main, .part");
   const place = document.createElement("div");
-  place.append(...(part?.childNodes ?? []));
   link.replaceWith(place);
+  take(link.dataset.expand, place);
 });
+document.addEventListener("submit", (event) => {
+  const form = event.target.closest("form[data-expand]");
+  if (!form) return;
+  event.preventDefault();
+  let place = form.nextElementSibling;
+  if (!place?.matches(".taken")) form.after((place = Object.assign(document.createElement("div"), { className: "taken" })));
+  take(`${form.getAttribute("action")}?${new URLSearchParams(new FormData(form))}`, place).then(() => form.removeAttribute("aria-busy"));
+});
+for (const link of document.querySelectorAll("a[data-load]")) take(link.href, link.parentElement);
 
 // --- what takes a while says so
 addEventListener("submit", (event) => event.target.setAttribute("aria-busy", "true"));
