@@ -104,7 +104,7 @@ def test_keys_are_told_and_work(site: Site, window: Callable[..., Window]) -> No
     assert dialog.locator("kbd").count() >= 6
     keyboard.press("Escape")
     assert here.page.locator("dialog[open]").count() == 0
-    for key, path in (("q", "/sql"), ("c", "/compare"), ("d", "/documents"), ("i", "/")):
+    for key, path in (("q", "/sql"), ("c", "/compare"), ("d", "/documents"), ("t", "/text"), ("i", "/")):
         here.open("/recipes")
         keyboard.press(key)
         here.page.wait_for_url(f"{here.base}{path}")
@@ -204,6 +204,95 @@ def test_sql_answers_and_refuses(site: Site, window: Callable[..., Window]) -> N
         assert said.startswith("sql:"), said
         assert "\n" not in said.strip()
         assert here.page.locator("main textarea").input_value() == wrong
+
+
+def test_a_text_of_ones_own_is_run_and_shaded(site: Site, window: Callable[..., Window]) -> None:
+    here = window(site)
+    here.open("/text")
+    field = here.page.locator("main textarea")
+    field.fill("the cat sat\non a mat")
+    here.page.locator("main select[name=sae]").select_option(SAE)
+    field.press("Control+Enter")
+    here.page.wait_for_selector("main .tokens.document", timeout=60_000)  # once the model is loaded
+    here.drawn()
+    assert here.page.locator(".tokens.document").inner_text().replace("↵", "") == "the cat sat\non a mat"
+    token = here.page.locator(".tokens.document .t[data-v]").first
+    token.hover()
+    label = here.page.locator("output.value:not(.tip)")
+    assert re.match(r"\d+: [\d.]+", label.inner_text())
+    strongest = int(label.inner_text().split(":")[0])
+    here.page.locator("main tbody tr a", has_text="shade").first.click()
+    here.page.wait_for_url("**feature=**")
+    here.drawn()
+    assert here.page.locator(".tokens.document .t[data-v]").count() >= 1
+    assert strongest in listed(here)
+    con = queries.connect(str(site.index))
+    [(density,)] = con.execute(
+        "SELECT density FROM features WHERE sae = ? AND feature = ?", [SAE, listed(here)[0]]
+    ).fetchall()
+    row = here.page.locator("main tbody tr").first.inner_text()
+    assert f"{density:.4g}" in row
+
+
+def test_parts_of_a_feature_s_page_are_fetched(site: Site, window: Callable[..., Window]) -> None:
+    here = window(site)
+    here.open(f"/feature?{urlencode({'sae': SAE, 'feature': 3})}")
+    here.page.wait_for_selector("details ol.contexts .tokens")
+    con = queries.connect(str(site.index))
+    [(n,)] = con.execute(
+        "SELECT count(*) FROM sampled_contexts WHERE sae = ? AND feature = 3", [SAE]
+    ).fetchall()
+    assert here.page.locator("details ol.contexts > li").count() == n
+    here.page.locator("form[data-expand] select").select_option("all")
+    here.page.locator("form[data-expand] button").click()
+    here.page.wait_for_selector(".taken table.result tbody tr")
+    assert here.page.locator(".taken table.result tbody tr").count() == 20
+    assert here.page.locator("h1").count() == 1
+    assert "/feature?" in here.page.url
+
+
+def test_a_point_of_a_chart_opens_what_it_stands_for(site: Site, window: Callable[..., Window]) -> None:
+    here = window(site)
+    here.open("/")
+    here.page.wait_for_selector("figure[data-drawn] canvas")
+    bar = here.page.evaluate(
+        """() => {
+          const figure = document.querySelector("figure[data-chart]");
+          const walk = (item, dx, dy) => {
+            const ox = dx + (item.items && item.x ? item.x : 0);
+            const oy = dy + (item.items && item.y ? item.y : 0);
+            if (item.datum?.sae && item.height > 2) {
+              return [ox + item.x + item.width / 2, oy + item.y + item.height / 2, item.datum.sae];
+            }
+            for (const each of item.items ?? []) {
+              const got = walk(each, ox, oy);
+              if (got) return got;
+            }
+          };
+          const [px, py] = figure.view.origin();
+          const got = walk(figure.view.scenegraph().root, 0, 0);
+          const box = figure.querySelector("canvas").getBoundingClientRect();
+          return [box.left + px + got[0], box.top + py + got[1], got[2]];
+        }"""
+    )
+    here.page.mouse.click(bar[0], bar[1])
+    here.page.wait_for_url("**/sae?**")
+    here.drawn()
+    assert question(here)["sae"] == bar[2]
+
+
+def test_sets_are_chosen_by_a_column(site: Site, window: Callable[..., Window]) -> None:
+    here = window(site)
+    here.open("/compare")
+    form = here.page.locator("form", has=here.page.locator("input[name=column][value=lang]"))
+    form.locator("select[name=value]").select_option("en")
+    form.locator("button").click()
+    here.page.wait_for_selector("main table a[href^='/feature?']", timeout=60_000)
+    here.drawn()
+    assert question(here)["column"] == "lang"
+    assert "IS DISTINCT FROM 'en'" in here.page.locator("main").inner_text()
+    here.page.go_back()
+    assert here.page.locator("form[aria-busy]").count() == 0
 
 
 def test_two_sets_are_compared(site: Site, window: Callable[..., Window]) -> None:
