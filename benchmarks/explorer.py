@@ -10,7 +10,8 @@ documents of middle and full length, and every path that the application has is 
 
 *First* is a page as the first one after the index was opened (files in the file cache), *again* the median
 of later visits to it; both the worst of the addresses of a path. A page that answers a person's own question
-(SQL, a recipe, a comparison, a text) has no bar but for its form, as it takes what the question takes.
+(SQL, a recipe, a comparison, a text, a count of what fires with a feature) has no bar but for its form, as it
+takes what the question takes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import click
 Found = dict[str, Any]
 OUT = Path("out/bench/explorer").resolve()
 BAR_MS = 200.0
-OWN = ("/sql", "/recipe", "/compare", "/text")  # paths whose questions are a person's own
+OWN = ("/sql", "/recipe", "/compare", "/text", "/feature/cofiring")  # whose questions are a person's own
 LEVELS = (0.1, 0.5, 0.99)  # of density among living features
 
 

@@ -33,7 +33,11 @@ def overview(ask: Ask) -> Answer:
         "corpora": corpora,
         "quarantined": ask.rows("SELECT count(*) AS n FROM quarantine")[0]["n"],
         "models": sorted({str(each.identity["model"]) for each in ask.snapshot.found}),
-        "settings": {key: value for key, value in first["fixed"].items() if key.startswith("context.")},
+        "settings": {
+            key: ", ".join(value) if isinstance(value, list) else "none" if value is None else value
+            for key, value in first["fixed"].items()
+            if key.startswith("context.")
+        },
         "runs": ask.rows("SELECT * EXCLUDE (spec, sae_fingerprints) FROM runs ORDER BY ALL"),
         "chart": charts.sae_map(_map(rows)) if 0 < len(rows) <= _DRAWN else None,
     }

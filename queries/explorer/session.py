@@ -143,7 +143,7 @@ class Session:
     seconds: float = 30.0  # that a page's queries may take
     rows: int = 1000  # that a table of SQL shows
     trouble: str = ""  # why the last look at the index failed
-    _look_at: float = 0.0
+    _look_at: float = field(default_factory=lambda: time.monotonic() + _LOOK_SECONDS)
     _looking: threading.Lock = field(default_factory=threading.Lock)
 
     def current(self) -> Snapshot:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +17,15 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).parent.parent.parent
 WIDE, PHONE = {"width": 1200, "height": 900}, {"width": 360, "height": 740}
 SAE = "tiny-res/layer_1/width_130/average_l0_13"
+
+
+def chromium_path() -> str:
+    """The program: $CHROMIUM, or a system's own."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    named = [os.environ["CHROMIUM"]] if os.environ.get("CHROMIUM") else names
+    path = next(filter(None, map(shutil.which, named)), None)
+    assert path, f"no Chromium: set CHROMIUM, or install one of {', '.join(names)}"
+    return path
 
 
 @dataclass

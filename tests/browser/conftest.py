@@ -6,7 +6,6 @@ off and counts as a fault. Screenshots go into out/screenshots.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +13,12 @@ from typing import Any
 
 import hostile
 import pytest
-from browsing import PHONE, ROOT, SAE, WIDE, Site, Window, serving
+from browsing import PHONE, ROOT, SAE, WIDE, Site, Window, chromium_path, serving
 from click.testing import CliRunner
 
 from jobs.cli import cli
 
 SCREENSHOTS = ROOT / "out" / "screenshots"
-_NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +26,8 @@ def chromium() -> Iterator[Any]:
     """The browser."""
     from playwright.sync_api import sync_playwright
 
-    named = [os.environ["CHROMIUM"]] if os.environ.get("CHROMIUM") else _NAMES
-    path = next(filter(None, map(shutil.which, named)), None)
-    assert path, f"no Chromium: set CHROMIUM, or install one of {', '.join(_NAMES)}"
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)
+        browser = playwright.chromium.launch(executable_path=chromium_path())
         yield browser
         browser.close()
 
