@@ -26,6 +26,7 @@ from starlette.testclient import TestClient
 
 import queries
 from jobs.explore import explore as command
+from pipelines.reading import Reader
 from pipelines.status import status
 from queries.explorer.app import application
 from queries.explorer.session import Outside, open_session
@@ -39,8 +40,10 @@ SECURITY = {
 
 
 @pytest.fixture(scope="module")
-def app(hostile_index: hostile.Hostile) -> Starlette:
-    return application(open_session([str(hostile_index.index)], Outside(status)))
+def app(hostile_index: hostile.Hostile) -> Iterator[Starlette]:
+    reader = Reader()
+    yield application(open_session([str(hostile_index.index)], Outside(status, reader)))
+    reader.close()
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,18 @@ def test_a_documents_text_is_seen_as_it_is(
             assert "A" * 2001 not in look.text
         else:
             assert hostile.shown(text) in look.tokens, row
+
+
+def test_a_hostile_text_of_ones_own_is_seen_as_it_is(
+    client: TestClient, hostile_index: hostile.Hostile
+) -> None:
+    for text in [*hostile.ACTS, *(text for text in hostile.TEXTS if 0 < len(text) < 2000)]:
+        answer = client.get(f"/text?{urlencode({'q': text, 'sae': hostile_index.saes[0]})}")
+        assert answer.status_code == 200
+        look = hostile.Look(answer.text)
+        assert not look.problems, text
+        if text.strip():
+            assert hostile.shown(text.replace("\r\n", "\n")) in look.tokens, text
 
 
 # --- who may ask

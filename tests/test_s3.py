@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -427,3 +428,33 @@ def test_a_suite_in_a_bucket_is_listed_by_range_and_copied_once(
             put(2.0)  # by somebody else: this process remembers what it listed
         assert (suites.load(info).W_enc == value).all()
         assert len(list(copies.rglob("params.npz"))) == count
+
+
+def test_the_explorer_shows_what_it_shows_of_a_local_index(s3_index: str, local_index: Path) -> None:
+    from starlette.testclient import TestClient
+
+    import queries
+    from pipelines.status import status
+    from queries.explorer.app import application
+    from queries.explorer.session import Outside, open_session
+
+    sae, shown = "tiny-att/layer_3/width_50/average_l0_5", []
+    con = queries.connect(str(local_index))
+    [(document,)] = con.execute("SELECT max(document) FROM documents").fetchall()
+    for uri in (s3_index, str(local_index)):
+        app = application(open_session([uri], Outside(status)))
+        client = TestClient(app, base_url="http://localhost")
+        answers = [
+            client.get(address)
+            for address in (
+                "/", f"/sae?sae={sae}", f"/feature?sae={sae}&feature=7",
+                f"/feature/samples?sae={sae}&feature=7",
+                f"/document?document={document}&sae={sae}&tokens=1", "/documents",
+                "/compare?a=even&b=NOT+even&min_documents=3",
+            )
+        ]  # fmt: skip
+        assert [answer.status_code for answer in answers] == [200] * 7, answers
+        bodies = [re.search(r"<main.*</main>", answer.text, re.DOTALL) for answer in answers[1:]]
+        shown.append([body.group() for body in bodies if body])
+    assert len(shown[0]) == 6
+    assert shown[0] == shown[1]
