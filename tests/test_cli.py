@@ -29,7 +29,7 @@ from rich.console import Console
 import queries
 from jobs import cli, output
 from queries import lookup
-from queries.lookup import join_pieces
+from queries.pieces import join_pieces
 from queries.show import feature_view, shaded, visible
 
 ROOT = Path(__file__).parent.parent

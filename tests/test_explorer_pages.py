@@ -133,6 +133,7 @@ def test_the_table_is_sorted_as_sql_sorts(page: Page, con: duckdb.DuckDBPyConnec
     for number in range(1, 4):
         found = page(sae.sae, sae=SAE, sort=sort, page=number, quantiles=1)
         shown += [{name: row[name] for name in sae.COLUMNS} for row in found["rows"]]
+        assert same(fetch(con, found["statement"]), shown[50 * (number - 1) :])
     assert same(shown, wanted)
     plain = page(sae.sae, sae=SAE, sort=sort)
     assert ("p50" in plain["columns"]) == (column in ("p50", "p99"))

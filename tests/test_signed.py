@@ -22,7 +22,8 @@ from test_summaries import SAMPLE_K, TOP_K, WIDTH, Context, actual_top, make_con
 
 import queries
 from queries.connect import _HERE
-from queries.lookup import feature_table, join_pieces
+from queries.lookup import feature_table
+from queries.pieces import join_pieces
 from queries.show import shaded
 from sae_runtime import suites
 from sae_runtime.bfloat import BINS, fixed_to_float, histogram_edges, to_float

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from queries import lookup
 from queries.explorer import tokens
 from queries.explorer.sae import all_saes
 from queries.explorer.web import Answer, Ask, page
+from queries.pieces import spelling
 from sae_runtime.errors import InputError
 
 PAGE = 50  # documents of a list
@@ -97,7 +97,7 @@ def document(ask: Ask) -> Answer:
         "strongest": strongest,
         "highest": max((abs(value) for at in active.values() for _, value in at), default=0.0),
         "active": len(active),
-        "pieces": tokens.of_contexts(contexts, lookup.spelling(ask.con, contexts), active, feature),
+        "pieces": tokens.of_contexts(contexts, spelling(ask.con, contexts), active, feature),
     }
 
 

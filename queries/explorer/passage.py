@@ -14,6 +14,7 @@ import numpy as np
 from queries import lookup
 from queries.explorer import tokens
 from queries.explorer.web import Answer, Ask, page
+from queries.pieces import spelling
 from queries.relations import name as identifier
 from sae_runtime.errors import InputError
 
@@ -69,7 +70,6 @@ def _shown(ask: Ask, sae: str, feature: int | None, sort: str, found: Any) -> An
     columns = (found.feature, found.context, found.position, found.activation)
     for number, context, position, value in zip(*(column.tolist() for column in columns), strict=True):
         active.setdefault(at[context, position], []).append((number, value))
-    spelling = lookup.spelling(ask.con, contexts)
     fired, starts, counts = np.unique(found.feature, return_index=True, return_counts=True)
     strongest = [max(part.tolist(), key=abs) for part in np.split(found.activation, starts[1:]) if len(part)]
     here = {
@@ -83,7 +83,7 @@ def _shown(ask: Ask, sae: str, feature: int | None, sort: str, found: Any) -> An
         "rows": _features(ask, sae, here, sort),
         "highest": max(shades, default=0.0),
         "active": len(shades) if feature is not None else len(active),
-        "pieces": tokens.of_contexts(contexts, spelling, active, feature),
+        "pieces": tokens.of_contexts(contexts, spelling(ask.con, contexts), active, feature),
     }
 
 

@@ -103,7 +103,7 @@ def sae(ask: Ask) -> Answer:
         ),
         "binned": counts["width"] - counts["dead"] > _DRAWN,
         "statement": f"SELECT {', '.join(columns)} FROM features WHERE sae = {text(chosen)} AND {where} "
-        f"ORDER BY {order} LIMIT {PAGE}",
+        f"ORDER BY {order} LIMIT {PAGE}" + (f" OFFSET {(number - 1) * PAGE}" if number > 1 else ""),
     }
 
 

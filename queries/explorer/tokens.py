@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
-from queries.lookup import joined
+from queries.pieces import joined
 from sae_runtime.terminal import sign
 
 STEPS = 20
