@@ -82,7 +82,7 @@ def sae_map(rows: Sequence[dict[str, Any]]) -> Chart:
                       "scale": {"range": ["$accent", "$strong"], "interpolate": "rgb", "domainMin": 0},
                       "legend": {"title": "dead share", "orient": "top", "format": ".1%"}},
             "tooltip": [{"field": "sae"}, {"field": "width"}, {"field": "l0", "format": ".4g"},
-                        {"field": "dead", "format": ".2%"}],
+                        {"field": "density", "format": ".3g"}, {"field": "dead", "format": ".2%"}],
         },
         "width": 320,
         "height": 70,

@@ -67,7 +67,7 @@ def _map(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found.append(
             {
                 "sae": row["sae"], "kind": kind, "layer": row["layer"], "place": place, "width": row["width"],
-                "l0": row["measured_l0"] or 0.0, "dead": row["dead"],
+                "l0": row["measured_l0"] or 0.0, "density": row["density"], "dead": row["dead"],
             }
         )  # fmt: skip
     return found

@@ -53,6 +53,7 @@ def sql(ask: Ask) -> Answer | Response:
         "title": "SQL",
         "q": given,
         "schema": schema,
+        "recipes": recipes(),
         "names": [],
         "rows": [],
         "wrong": "",

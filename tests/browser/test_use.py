@@ -169,6 +169,23 @@ def test_pointing_at_a_token_shows_its_value(site: Site, window: Callable[..., W
     assert float(peak.get_attribute("data-v")) == pytest.approx(highest, rel=1e-3)
 
 
+def test_tokens_are_stepped_through_by_keys(site: Site, window: Callable[..., Window]) -> None:
+    here = window(site)
+    here.open(f"/feature?{urlencode({'sae': SAE, 'feature': 3})}")
+    values = here.page.eval_on_selector_all("[data-v]", "all => all.map((each) => each.dataset.v)")
+    label = here.page.locator("output.value:not(.tip)")
+    keyboard = here.page.keyboard
+    keyboard.press("v")
+    assert label.inner_text() == values[0]
+    for _ in range(3):
+        keyboard.press("ArrowRight")
+    assert label.inner_text() == values[3]
+    keyboard.press("ArrowLeft")
+    assert label.inner_text() == values[2]
+    keyboard.press("Escape")
+    assert not label.is_visible()
+
+
 def test_a_context_opens_to_its_document(site: Site, window: Callable[..., Window]) -> None:
     here = window(site)
     here.open(f"/feature?{urlencode({'sae': SAE, 'feature': 3})}")

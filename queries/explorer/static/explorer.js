@@ -49,6 +49,14 @@ document.addEventListener("click", (event) => {
   if (token) tell(token);
 });
 
+function stepTokens(by) {
+  const tokens = [...document.querySelectorAll("[data-v]")].filter((each) => each.checkVisibility());
+  const at = tokens.indexOf(document.activeElement);
+  const seen = (each) => each.getBoundingClientRect().top >= 0;
+  const next = at < 0 ? (tokens.find(seen) ?? tokens[0]) : tokens[Math.max(0, Math.min(tokens.length - 1, at + by))];
+  next?.focus();
+}
+
 // --- rows of a table: j and k step through them, Enter opens the first link of one
 const rows = [...document.querySelectorAll("table.stepped tbody tr")];
 let row = -1;
@@ -97,7 +105,7 @@ const keyed = () => [...document.querySelectorAll("[data-key]")];
 function showKeys() {
   const list = document.createElement("dl");
   const names = keyed().map((each) => [each.dataset.key, each.dataset.words ?? each.textContent.trim()]);
-  for (const [key, words] of [...names, ["j k", "step through the rows of a table, Enter opens one"], ["/", "to the first field"], ["?", "these keys"], ["Esc", "close, leave a field"]]) {
+  for (const [key, words] of [...names, ["j k", "step through the rows of a table, Enter opens one"], ["v", "to the first shaded token; ← → to others"], ["/", "to the first field"], ["?", "these keys"], ["Esc", "close, leave a field"]]) {
     const term = document.createElement("dt");
     term.append(Object.assign(document.createElement("kbd"), { textContent: key }));
     list.append(term, Object.assign(document.createElement("dd"), { textContent: words }));
@@ -108,12 +116,20 @@ function showKeys() {
 dialog.addEventListener("click", () => dialog.close());
 document.addEventListener("keydown", (event) => {
   const field = event.target.closest?.("input, textarea, select");
-  if (event.key === "Escape") return field?.blur();
+  if (event.key === "Escape") {
+    tell(null);
+    return document.activeElement?.blur();
+  }
   if (field || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "?") return showKeys();
   if (event.key === "/") {
     event.preventDefault();
     return document.querySelector("main input:not([type=hidden]), main textarea")?.focus();
+  }
+  if (event.key === "v") return stepTokens(0);
+  if (event.target.matches?.("[data-v]") && ["ArrowLeft", "ArrowRight"].includes(event.key)) {
+    event.preventDefault();
+    return stepTokens(event.key === "ArrowRight" ? 1 : -1);
   }
   if (rows.length && (event.key === "j" || event.key === "k")) return step(event.key === "j" ? 1 : -1);
   if (event.key === "Enter" && row >= 0 && event.target === document.body) return rows[row].querySelector("a").click();
