@@ -9,6 +9,7 @@ import signal
 
 import click
 
+from jobs.arguments import POSITIVE
 from jobs.output import message, uris
 from sae_runtime.errors import InputError
 
@@ -24,7 +25,7 @@ PORT = 8642
 @click.option(
     "--timeout",
     metavar="SECONDS",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     default=30.0,
     show_default=True,
     help="What a page's queries may take.",

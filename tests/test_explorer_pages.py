@@ -614,6 +614,12 @@ def test_figures_do_not_round_to_nothing() -> None:
     assert [figure(v) for v in (None, math.nan, 0, 1234567, 0.000012345, 123456.7)] == [
         "–", "–", "0", "1,234,567", "1.234e-05", "123,457",
     ]  # fmt: skip
+    assert [figure(v, 3) for v in (4011.3, 999.6, 0.12345, 123456.7)] == [
+        "4,011",
+        "1,000",
+        "0.123",
+        "123,457",
+    ]
     assert [share(v) for v in (None, 0.0, 1.0, 0.00031)] == ["–", "0 %", "100 %", "0.031 %"]
 
 

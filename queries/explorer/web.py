@@ -183,7 +183,7 @@ def figure(value: float | int | None, digits: int = 4) -> str:
         return "–"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.{digits}g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    return f"{value:.{digits}g}" if abs(value) < 10 ** min(digits, 4) - 0.5 else f"{value:,.0f}"
 
 
 def share(value: float | None) -> str:
