@@ -5,6 +5,8 @@ Invariant: nothing heavy is imported before the first passage is asked for.
 
 from __future__ import annotations
 
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +17,25 @@ if TYPE_CHECKING:
     from pipelines.passage import Passage, PassageModel
 
 _READ = 32  # passages that are remembered
+_FAILED = 10.0  # seconds that a failure is: who asks again meanwhile waited for it
+
+
+class _Read:
+    """A passage that is read, or was; `ended` is when."""
+
+    def __init__(self, future: Future[Passage]) -> None:
+        self.future = future
+        self.ended = math.inf
+        future.add_done_callback(self._end)
+
+    def _end(self, future: Future[Passage]) -> None:
+        self.ended = time.monotonic()
+
+    @property
+    def is_forgotten(self) -> bool:
+        if not self.future.done() or self.future.exception() is None:
+            return False
+        return time.monotonic() - self.ended >= _FAILED
 
 
 class Reader:
@@ -26,7 +47,7 @@ class Reader:
         self._moved = model, tuple(suites)
         self._thread = ThreadPoolExecutor(1, "passage")
         self._lock = Lock()
-        self._read: OrderedDict[tuple[str, str, str], Future[Passage]] = OrderedDict()
+        self._read: OrderedDict[tuple[str, str, str], _Read] = OrderedDict()
         self._loaded: tuple[str, PassageModel] | None = None
 
     def read(self, identity: dict[str, Any], sae: str, text: str) -> Future[Passage]:
@@ -37,13 +58,13 @@ class Reader:
         """
         key = (repr(identity["fixed"]), sae, text)
         with self._lock:
-            future = self._read.pop(key, None)
-            if future is None or (future.done() and future.exception() is not None):
-                future = self._thread.submit(self._of, identity, sae, text)
-            self._read[key] = future
+            found = self._read.pop(key, None)
+            if found is None or found.is_forgotten:
+                found = _Read(self._thread.submit(self._of, identity, sae, text))
+            self._read[key] = found
             while len(self._read) > _READ:
                 self._read.popitem(last=False)
-            return future
+            return found.future
 
     def close(self) -> None:
         """Read no more; what is being read is waited for."""

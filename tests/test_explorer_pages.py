@@ -434,6 +434,26 @@ def test_it_waits_for_the_model_and_says_so(tiny_index: Path, monkeypatch: pytes
     assert "http-equiv" not in client.get("/text").text
 
 
+def test_a_failure_that_was_waited_for_is_told(
+    tiny_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page that asks again by itself must not ask for ever."""
+    from pipelines import scanned
+
+    def slow(*_: Any) -> None:
+        time.sleep(0.5)
+        raise InputError("model.uri: gone")
+
+    monkeypatch.setattr(passage, "_WAIT", 0.01)
+    monkeypatch.setattr(scanned, "model", slow)
+    reader = Reader()
+    ask = on(open_session([str(tiny_index)], Outside(status, reader)))
+    assert ask(passage.passage, q="a cat")["waits"]
+    until(lambda: not ask(passage.passage, q="a cat")["waits"])
+    assert ask(passage.passage, q="a cat")["wrong"] == "model.uri: gone"
+    reader.close()
+
+
 # --- comparing
 
 
