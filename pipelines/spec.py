@@ -179,7 +179,8 @@ class ContextSettings(_Frozen):
         words: set[str] = {item for item in self.exclude if isinstance(item, str)}
         words |= {f"role {role}" for role in self.roles}
         if self.norm_above is not None:
-            words.add(f"norm_above {self.norm_above:g}")
+            # Every digit: an index is told by it, and a passage is read by it.
+            words.add(f"norm_above {repr(self.norm_above).removesuffix('.0')}")
         return tuple(sorted(words))
 
     @property

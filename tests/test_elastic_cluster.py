@@ -6,13 +6,16 @@ faster. A machine of another kind is one whose processes are told to use fewer i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 from test_chaos import Machines, check, kinds, machines  # noqa: F401
@@ -109,6 +112,22 @@ def other(world: Machines) -> Any:
     return world.nodes[-1]
 
 
+def running(processes: Iterable[str]) -> int:
+    """How many are there and no zombies."""
+    found = 0
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += psutil.Process(int(process)).status() != psutil.STATUS_ZOMBIE
+    return found
+
+
+def until_fewer(processes: Iterable[str], than: int) -> None:
+    end = time.monotonic() + 60
+    while running(processes) >= than:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_machines_that_come_are_used_and_one_that_goes_is_survived(
     tmp_path: Path, one: Cluster, write_spec: Callable[..., Path], tiny_index: Path
 ) -> None:
@@ -120,12 +139,17 @@ def test_machines_that_come_are_used_and_one_that_goes_is_survived(
     world.nodes += [world.add(), world.add()]
     driver.go_on(workers=3)
     driver.until_stopped()
+    workers = {process for process, _ in driver.units}
+    assert running(workers) == 3
     world.remove(world.nodes.pop())
+    until_fewer(
+        workers, 3
+    )  # a worker outlives its machine's raylet by a moment, in which it may do all the rest
     driver.go_on()
     err = driver.end()
     assert "1 worker now, as many as the cluster gets" in err
     assert len({process for process, _ in driver.units}) >= 3
-    assert driver.units[-1][1] <= 3  # what waited for machines that never came was taken back
+    assert driver.units[-1][1] <= 2  # nothing waits for a machine any more
     check(tmp_path / "index", tiny_index)
     assert set(kinds(tmp_path / "index")) <= {"infra"}
 

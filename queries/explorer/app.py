@@ -44,11 +44,7 @@ def application(session: Session) -> Starlette:
     """The explorer of a session."""
     app = Starlette(
         routes=[
-            *(
-                route
-                for room in (overview, sae, feature, documents, passage, compare, sql)
-                for route in room.ROUTES
-            ),
+            *(route for room in _ROOMS for route in room.ROUTES),
             Route("/vega.js", _vega, methods=["GET"]),
             Mount("/static", StaticFiles(directory=_STATIC)),
         ],

@@ -1,6 +1,7 @@
 // Draws each <figure data-chart> from the JSON of the data block inside it, or of the address in data-from.
 // Colours are those of the page's theme: `$name` in a chart is the variable --name of explorer.css.
-// A mark that stands for a feature or an SAE opens its page. A selection called `brush` is told to the page as an event `brush`, with the spans of the axes' fields.
+// A mark that stands for a feature or an SAE opens its page.
+// A selection called `brush` is told to the page as an event `brush`, with the spans of the axes' fields.
 
 const styles = () => getComputedStyle(document.documentElement);
 function themed(chart, look) {
@@ -50,7 +51,6 @@ async function draw(figure) {
     location.assign(feature === undefined ? `/sae?${new URLSearchParams({ sae })}` : `/feature?${new URLSearchParams({ sae, feature })}`);
   });
   figure.dataset.drawn = "";
-  figure.dispatchEvent(new Event("drawn"));
 }
 // Vega's own tooltip brings a style sheet with it, which the pages' policy refuses.
 const tip = Object.assign(document.createElement("output"), { className: "value tip", hidden: true });
