@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import annotation_records, due, summary
+from pipelines import annotation_records, due, parquet, summary
 from pipelines.annotation_records import Annotated
 from pipelines.audit_registry import audited_plans, may_be_partial
 from pipelines.audit_rows import CHECKS, Piece, RowChecks, Rule
@@ -212,7 +212,7 @@ def _vocabulary(state: _State, wanted: bool) -> int:
     store, findings = state.store, state.findings
     try:
         with store.open(VOCABULARY) as stream:
-            table = _table(stream)
+            table = parquet.opened(stream).read(use_threads=False)
     except FileNotFoundError:
         if wanted:
             findings.broken(VOCABULARY, "vocabulary", "is missing")
@@ -441,7 +441,7 @@ def _facts(state: _State, index: _Index, run: Run) -> pa.Table | None:
         if not _files(state, index, _Owner(run.name), Piece(np.empty(0), frozenset(), True), UNITS, [record]):
             return None
         with state.store.open(record.path) as stream:
-            found.append(_table(stream).select(UNIT_FACTS.names))
+            found.append(parquet.opened(stream).read(use_threads=False).select(UNIT_FACTS.names))
     return pa.concat_tables(found).sort_by("ordinal")
 
 
@@ -538,7 +538,7 @@ def _annotated_rows(state: _State, index: _Index, each: Annotated) -> None:
     number = {"feature_tokens": "logit", "feature_neighbours": "cosine", "feature_decoders": "norm"}
     found: set[tuple[str, str]] = set()
     with state.store.open(path) as stream:
-        for batch in pq.ParquetFile(stream).iter_batches(_ROWS, use_threads=False):
+        for batch in parquet.opened(stream).iter_batches(_ROWS, use_threads=False):
             table = pa.Table.from_batches([batch])
             for row in table.group_by(names).aggregate([("feature", "min"), ("feature", "max")]).to_pylist():
                 sae = row["sae"]
@@ -623,7 +623,7 @@ def _footer(
     except KeyError:
         dictionary = []
     try:
-        file = pq.ParquetFile(stream, read_dictionary=dictionary)
+        file = parquet.opened(stream, dictionary)
     except (pa.ArrowException, OSError) as error:
         findings.broken(record.path, "columns", f"is no Parquet file: {one_line(error)}")
         return None
@@ -735,13 +735,6 @@ def _check_record(record: DataFileRecord) -> None:
     for sae, span in (record.spans or {}).items():
         if not (isinstance(sae, str) and all(isinstance(number, int) for number in span)):
             raise TypeError("a file's record")
-
-
-def _table(stream: IO[bytes]) -> pa.Table:
-    """A small file's rows, without `read_table`: that leaves work to threads that may outlive it, and a
-    process that ends just then aborts. Three loops beside it, `audit` alone did so in 3 of 60 processes, in
-    1 of 200 without threads here and in the registry: rarer, and what is left is not understood."""
-    return pq.ParquetFile(stream).read(use_threads=False)
 
 
 def _same_columns(found: pa.Schema, wanted: pa.Schema) -> bool:

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines import parquet
 from pipelines.age import Age
 from pipelines.contents import Contents, Registered, contents, facts_of, members, resolve, resolve_each
 from pipelines.faults import crash
@@ -556,8 +557,8 @@ def _collect(done: Sequence[dict[str, list[DataFileRecord]]]) -> Files:
 
 
 def _facts(store: Store, run: Run) -> pa.Table:
-    tables = [  # not by `read_table`, whose threads may outlive it (audit.py)
-        pq.ParquetFile(pa.BufferReader(store.read(record.path))).read(UNIT_FACTS.names, use_threads=False)
+    tables = [
+        parquet.opened(store.read(record.path)).read(UNIT_FACTS.names, use_threads=False)
         for record in run.files[UNITS]
     ]
     return pa.concat_tables(tables)

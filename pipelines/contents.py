@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines import annotation_records
+from pipelines import annotation_records, parquet
 from pipelines.annotation_records import Annotations
 from pipelines.ledger import Commit, DataFileRecord, Ledger
 from pipelines.ordinals import InOrder, between, unpack, without
@@ -179,7 +178,7 @@ class Contents:
         """Counts of the units that runs know of (columns of UNIT_FACTS), shown or not."""
         wanted = pa.schema([UNIT_FACTS.field(name) for name in columns])
         tables = [
-            pq.ParquetFile(pa.BufferReader(self.store.read(record.path))).read(columns, use_threads=False)
+            parquet.opened(self.store.read(record.path)).read(columns, use_threads=False)
             for record in _of(self.runs, UNITS)
         ]
         return pa.concat_tables([wanted.empty_table(), *tables])

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines import tables
+from pipelines import parquet, tables
 from pipelines.ledger import Commit, Ledger
 from pipelines.names import reading
 from pipelines.ordinals import unpack
@@ -193,7 +191,7 @@ def _l0(store: Store, commits: Sequence[Commit]) -> dict[str, float]:
     columns = ["sae", "n_tokens", "n_active"]
     sums: dict[str, list[int]] = {}
     for data in store.read_many(paths):
-        table = pq.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False)
+        table = parquet.opened(data).read(columns, use_threads=False)
         for row in table.to_pylist():
             own = sums.setdefault(row["sae"], [0, 0])
             own[0] += row["n_tokens"]

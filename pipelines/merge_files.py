@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines import parquet
 from pipelines.faults import crash
 from pipelines.ledger import DataFileRecord
 from pipelines.schema import BY_FEATURE, DATA, SCHEMAS, documents_schema, metadata_type
@@ -92,7 +93,7 @@ class Inputs:
             stream: IO[bytes] = self._store.open(name)
             try:
                 with self._reading(name):
-                    file = pq.ParquetFile(stream, read_dictionary=self._dictionaries)
+                    file = parquet.opened(stream, self._dictionaries)
                 missing = sorted(set(self.columns) - set(file.schema_arrow.names))
                 if missing:
                     raise DataError(f"{self._store.uri}/{name}: damaged: no column {', '.join(missing)}")

@@ -36,9 +36,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import zstandard
 
+from pipelines import parquet
 from pipelines.quarantine import Refused, line
 from pipelines.storage import open_filesystem
 from sae_runtime.errors import DataError, InputError, one_line
@@ -367,7 +367,7 @@ class Table:
     def __init__(self, stream: IO[bytes], format: str) -> None:
         self._stream = stream
         with _arrow():
-            self._parquet = pq.ParquetFile(stream) if format == "parquet" else None
+            self._parquet = parquet.opened(stream) if format == "parquet" else None
             self.schema: pa.Schema = self._parquet.schema_arrow if self._parquet else self._open_ipc().schema
             self.names: list[str] = self.schema.names
 
@@ -407,7 +407,7 @@ class Table:
     def _group(self, group: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         assert self._parquet is not None
         with _arrow():
-            yield from self._parquet.iter_batches(BATCH_ROWS, [group], list(columns))
+            yield from self._parquet.iter_batches(BATCH_ROWS, [group], list(columns), use_threads=False)
 
     def _seeks(self) -> bool:
         """Whether an Arrow file is of the random-access format, by its magic; else it is a stream."""

@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines import parquet
 from pipelines.faults import crash
 from pipelines.ordinals import Ranges, unpack
 from pipelines.schema import PLANS
@@ -235,7 +236,7 @@ def _plan(store: Store, name: str, head: dict[str, Any]) -> Plan:
 
 def _rows(store: Store, name: str, schema: pa.Schema) -> Iterable[tuple[Any, ...]]:
     # `read_table` would import pyarrow.dataset, and with it pandas: 0.3 s of opening an index.
-    table = pq.ParquetFile(pa.BufferReader(store.read(name))).read(schema.names, use_threads=False)
+    table = parquet.opened(store.read(name)).read(schema.names, use_threads=False)
     return zip(*(column.to_pylist() for column in table.columns), strict=True)
 
 
