@@ -6,7 +6,7 @@ feature, then token, whatever the block sizes.
 
 relu, jumprelu, gated   products [features, tokens] against one number a feature, at which `Cut` gathers
                         every condition of the rule exactly: comparing decides as the formula would. On a
-                        CPU in bfloat16 first (screen.py), in float32 where there is a GLU
+                        CPU in a cheap type first (screen.py), in float32 where there is a GLU
 the rules that rank     products [tokens, features], selected token by token (topk.py), then sorted
 
 Trade-off, measured (2 cores, 4,096 tokens x 4,096 features x d 576, 82 active per token): finding the

@@ -14,12 +14,21 @@ from typing import Any
 
 import numba
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from sae_runtime.cache import cache_dir
 
-_SOURCES = ("bfloat.py", "encode.py", "fused.py", "jit.py", "screen.py", "summaries.py", "topk.py")
+_SOURCES = (
+    "bfloat.py",
+    "cheap.py",
+    "encode.py",
+    "fused.py",
+    "jit.py",
+    "screen.py",
+    "summaries.py",
+    "topk.py",
+)
 
 
 def _code_dir() -> Path:
@@ -61,15 +70,51 @@ def lowest_bit(context: Any, word: Any) -> Any:
 
 
 @_intrinsic
-def over_limit(context: Any, codes: Any, error: Any, start: Any, at: Any, factor: Any, limit: Any) -> Any:
-    """Which of 16 bfloat16 numbers plus errors are over a limit, as the low 16 bits of a uint64.
+def number_of(context: Any, value: Any) -> Any:
+    """The float32 that it is, or whose bfloat16 code it is if it is a uint16."""
 
-    value(codes[start + i]) + factor * error[at + i] > limit, for 0 <= i < 16; arrays uint16 and float32 [n].
+    def generate(target: Any, build: Any, signature: Any, args: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return args[0]
+        wide = build.zext(args[0], ir.IntType(32))
+        return build.bitcast(build.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(types.uint16 if value == types.uint16 else types.float32), generate
+
+
+@_intrinsic
+def prefetch(context: Any, array: Any, place: Any) -> Any:
+    """Have the element of a flat place in a contiguous array brought near; says and changes nothing."""
+    pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+
+    def generate(target: Any, build: Any, signature: Any, args: Any) -> Any:
+        data = target.make_array(signature.args[0])(target, build, args[0]).data
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = cgutils.get_or_insert_function(build.module, kind, "llvm.prefetch.p0")
+        where = build.bitcast(build.gep(data, [args[1]]), pointer)
+        build.call(function, [where, number(0), number(3), number(1)])  # to read, into every cache, data
+        return target.get_dummy_value()
+
+    return types.void(array, types.int64), generate
+
+
+@_intrinsic
+def over_limit(
+    context: Any, products: Any, scale: Any, near: Any, off: Any, start: Any, at: Any, lost: Any, norm: Any,
+    limit: Any,
+) -> Any:  # fmt: skip
+    """Which of 16 products plus errors are over a limit, as the low 16 bits of a uint64.
+
+    value(products[start + i]) + lost * near[at + i] + norm * off[at + i] > limit, for 0 <= i < 16. Products
+    are codes of bfloat16 (uint16) or integers (int32), whose value is times scale[at + i]; other arrays are
+    float32.
     NaN, which comes of products that overflow, is over it.
     Written as vectors, because comparisons that end in bits are not made so by the compiler.
     """
     number = ir.FloatType()
     wide = ir.VectorType(ir.IntType(32), 16)
+    floats = ir.VectorType(number, 16)
+    coded = products.dtype == types.uint16
 
     def load(target: Any, build: Any, kind: Any, array: Any, first: Any, element: Any, size: int) -> Any:
         place = build.gep(target.make_array(kind)(target, build, array).data, [first])
@@ -78,18 +123,24 @@ def over_limit(context: Any, codes: Any, error: Any, start: Any, at: Any, factor
         return vector
 
     def all_of(build: Any, value: Any) -> Any:
-        lane = build.insert_element(
-            ir.Constant(ir.VectorType(number, 16), ir.Undefined), value, ir.IntType(32)(0)
-        )
+        lane = build.insert_element(ir.Constant(floats, ir.Undefined), value, ir.IntType(32)(0))
         return build.shuffle_vector(lane, lane, ir.Constant(wide, [0] * 16))
 
     def generate(target: Any, build: Any, signature: Any, args: Any) -> Any:
-        short = load(target, build, signature.args[0], args[0], args[2], ir.IntType(16), 2)
-        bits = build.shl(build.zext(short, wide), ir.Constant(wide, [16] * 16))
-        value = build.bitcast(bits, ir.VectorType(number, 16))
-        errors = load(target, build, signature.args[1], args[1], args[3], number, 4)
-        most = build.fadd(value, build.fmul(errors, all_of(build, args[4])))
-        over = build.fcmp_unordered(">", most, all_of(build, args[5]))
+        def numbers(i: int) -> Any:
+            return load(target, build, signature.args[i], args[i], args[5], number, 4)
+
+        if coded:
+            short = load(target, build, signature.args[0], args[0], args[4], ir.IntType(16), 2)
+            bits = build.shl(build.zext(short, wide), ir.Constant(wide, [16] * 16))
+            most = build.bitcast(bits, floats)
+        else:
+            whole = load(target, build, signature.args[0], args[0], args[4], ir.IntType(32), 4)
+            most = build.fmul(build.sitofp(whole, floats), numbers(1))
+        for error, factor in ((2, 6), (3, 7)):
+            most = build.fadd(most, build.fmul(numbers(error), all_of(build, args[factor])))
+        over = build.fcmp_unordered(">", most, all_of(build, args[8]))
         return build.zext(build.bitcast(over, ir.IntType(16)), ir.IntType(64))
 
-    return types.uint64(codes, error, types.int64, types.int64, types.float32, types.float32), generate
+    places, factors = [types.int64] * 2, [types.float32] * 3
+    return types.uint64(products, scale, near, off, *places, *factors), generate
