@@ -3,7 +3,10 @@
 Random weights and inputs: thresholds let about 80 of 4,096 features through, ranking rules keep 64.
 Milliseconds, the least of `--repeat` rounds; the product is `addmm` of the same shape alone.
 
-    python benchmarks/encode.py [--tokens 4096] [--width 4096] [--d 576] [--device cpu] [--repeat 9]
+    python benchmarks/encode.py [--tokens 4096] [--width 4096] [--d 576] [--device cpu] [--repeat 9] [--l0 80]
+
+On a CPU also what the screen costs in either of its cheap types, one encoder on each of `--threads` at once,
+activations in bfloat16 as models leave them: the median round.
 
 With `--summaries` only summaries: chunks of random rows taken in one after the other, as a unit does.
 Milliseconds of processor time a chunk, the least of the rounds, of the first, the last and on average.
@@ -15,14 +18,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
 import numpy as np
 import torch
 
+from sae_runtime.cheap import Bfloat, Cheap, Int8, fastest
 from sae_runtime.encode import Encoder, Sparse
 from sae_runtime.sae import SaeWeights
+from sae_runtime.screen import Screen
 from sae_runtime.summaries import Chunk, Summary
 
 CONTEXT = 256
@@ -65,6 +71,33 @@ def chunk_of(tokens: int, number: int) -> Chunk:
     context = first + index // CONTEXT
     ids = (index * 7919 + number * 104729) % 50021  # endings differ
     return Chunk(context, index % CONTEXT, first, numbers // 2, place, ids, offset, -1, -1)
+
+
+def time_screens(tokens: int, width: int, d: int, l0: float, threads: int, repeat: int) -> None:
+    """Print a line for each cheap type: milliseconds of `threads` encoders side by side."""
+    generator = torch.Generator().manual_seed(0)
+    W_enc = torch.randn(d, width, generator=generator) / d**0.5
+    x = torch.randn(tokens, d, generator=generator).bfloat16()
+    threshold = float(torch.special.ndtri(torch.tensor(1 - l0 / width, dtype=torch.float64)))
+    sae = SaeWeights("jumprelu", W_enc, torch.zeros(width), threshold=torch.full((width,), threshold))
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+        kinds: dict[type[Cheap], tuple[list[Encoder], list[float]]] = {}
+        for kind in (Bfloat, Int8):
+            encoders = [Encoder(sae, torch.device("cpu")) for _ in range(threads)]
+            for encoder in encoders:
+                assert encoder.cut is not None
+                encoder.screen = Screen(encoder.weight, encoder.bias[:, 0], encoder.cut.floor, kind)
+            kinds[kind] = encoders, []
+        for _ in range(repeat + 1):
+            for encoders, times in kinds.values():
+                began = time.perf_counter()
+                list(pool.map(lambda encoder: encoder.encode(x), encoders))
+                times.append(1000 * (time.perf_counter() - began))
+    for kind, (encoders, times) in kinds.items():
+        screen = encoders[0].screen
+        left = "" if screen is None or type(screen.cheap) is kind else ", left for Bfloat"
+        chosen = ", chosen here" if kind is fastest() else ""
+        click.echo(f"  {kind.__name__:12} {np.median(times[1:]):7.1f} ms on {threads} threads{chosen}{left}")
 
 
 def summarise(sparse: Sparse, tokens: int, width: int) -> None:
@@ -124,8 +157,12 @@ def time_summaries(tokens: int, width: int, repeat: int, chunks: int = 8) -> Non
 @click.option("--d", default=576, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--repeat", default=9, show_default=True)
+@click.option("--l0", default=80.0, show_default=True, help="Active features of a token, of the screens.")
+@click.option("--threads", default=2, show_default=True)
 @click.option("--summaries", is_flag=True, help="Time summaries of random rows instead.")
-def main(tokens: int, width: int, d: int, device: str, repeat: int, summaries: bool) -> None:
+def main(
+    tokens: int, width: int, d: int, device: str, repeat: int, l0: float, threads: int, summaries: bool
+) -> None:
     """Print a line for each rule."""
     if summaries:
         click.echo(f"summaries, chunks of {tokens:,} tokens, {width:,} features")
@@ -147,6 +184,8 @@ def main(tokens: int, width: int, d: int, device: str, repeat: int, summaries: b
             f"  {name:12} L0 {sparse.rows / tokens:5.1f}   encode {encode_ms:7.1f} ms   "
             f"product alone {bare:7.1f} ms   summary {summary:7.1f} ms"
         )
+    if device == "cpu":
+        time_screens(tokens, width, d, l0, threads, repeat)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ Int8     z less a mean, which adds a number to each feature's limit; a scale a f
          127. Mean and repetitions are of the first tokens that are given; others cost candidates only.
 
 Trade-off, measured (2 cores of an EPYC, d 576): int8 products take half the time, 24 ms for 4,096 tokens and
-features against 48, and leave 1.8 to 2.9 candidates an active pair instead of 1.2 (SmolLM2, the example SAEs;
-with neither mean nor repetitions up to 11). Encoding takes 0.82 to 0.9 of the time; without instructions for
-bfloat16, which most processors do not have, 0.1 to 0.2. Which it is, a measurement decides.
+features against 48, and leave 1.8 to 3.2 candidates an active pair instead of 1.1 to 1.2 (SmolLM2, example
+SAEs). Encoding takes 0.8 of the time; without instructions for bfloat16, which most processors lack, 0.1 to
+0.2. Which it is, a measurement decides (`benchmarks/encode.py`, `benchmarks/candidates.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
@@ -34,7 +35,8 @@ import numpy as np
 import torch
 
 from sae_runtime.bfloat import rounded, value_of
-from sae_runtime.jit import number_of, summed
+from sae_runtime.jit import bits_of_float, float_of_bits, number_of, summed
+from sae_runtime.threads import alone
 
 LANES = 64  # tokens that are compared at a time; arrays of a number a token have as many to spare
 _REPEATED = 64  # columns for parts of loud dimensions
@@ -171,8 +173,8 @@ class _Int8Products(Products):
         centred = z - mean
         size = centred / centred.norm(dim=1, keepdim=True).clamp(min=float(_SMALLEST))
         self._source, parts = _repetitions(size.square().mean(dim=0).sqrt().numpy(), _REPEATED + -d % 64)
-        self._most = np.float32(steps() or 127)
-        self._room = np.float32(1) / (self._most * parts.astype(np.float32))
+        self._most = np.int32(steps() or 127)
+        self._room = np.float32(1) / (np.float32(self._most) * parts.astype(np.float32))
         self.weight = torch.cat([of.weight, of.weight[:, torch.from_numpy(self._source)]], dim=1)
         self.lost, self.norm = of.lost, of.norm
         base = torch.mv(of.whole, mean).double()
@@ -241,7 +243,7 @@ def _bfloat_errors(z: np.ndarray, exact: bool, near: np.ndarray, off: np.ndarray
 
 @summed
 def _quantise(
-    z: np.ndarray, mean: np.ndarray, mean_norm: float, steps: np.float32, room: np.ndarray,
+    z: np.ndarray, mean: np.ndarray, mean_norm: float, steps: np.int32, room: np.ndarray,
     source: np.ndarray, codes: np.ndarray, scale: np.ndarray, near: np.ndarray, off: np.ndarray,
 ) -> None:  # fmt: skip
     """(z - mean) / scale as integers in `codes` [tokens, d + repetitions], each at most `steps`; `room` is 1
@@ -249,21 +251,22 @@ def _quantise(
     d = z.shape[1]
     left = np.empty(d, np.float32)
     for t in range(len(z)):
-        most = _SMALLEST
+        highest = np.uint32(0)  # bits of numbers without a sign order as they do, and have vectors for it
         for j in range(d):
             left[j] = number_of(z[t, j]) - mean[j]
-            most = max(most, abs(left[j]) * room[j])
+            highest = max(highest, bits_of_float(left[j] * room[j]) & np.uint32(0x7FFFFFFF))
+        most = max(float_of_bits(highest), _SMALLEST)
         inverse = np.float32(1) / most
         whole, lost = np.float32(0), np.float32(0)
         for j in range(d):
             value = left[j] * inverse
             whole += value * value
-            part = min(max(np.rint(value), -steps), steps)
-            left[j] = value - part
+            part = min(max(np.int32(np.rint(value)), -steps), steps)
+            left[j] = value - np.float32(part)
             codes[t, j] = np.int8(part)
         for k in range(len(source)):
-            part = min(max(np.rint(left[source[k]]), -steps), steps)
-            left[source[k]] -= part
+            part = min(max(np.int32(np.rint(left[source[k]])), -steps), steps)
+            left[source[k]] -= np.float32(part)
             codes[t, d + k] = np.int8(part)
         for j in range(d):
             lost += left[j] * left[j]
@@ -322,9 +325,12 @@ def _seconds() -> tuple[float, float]:
     """Of a multiplication in int8 products, and in bfloat16 ones."""
     weight, z, out = _extremes(steps())
     wide, wide_z, products = weight.bfloat16(), z.bfloat16(), torch.empty(out.shape, dtype=torch.bfloat16)
-    narrow, plain = _least(
-        lambda: torch._int_mm(weight, z.T, out=out), lambda: torch.mm(wide, wide_z.T, out=products)
-    )
+    with ThreadPoolExecutor(1, initializer=alone) as one:  # as encoders run, side by side
+        narrow, plain = one.submit(
+            _least,
+            lambda: torch._int_mm(weight, z.T, out=out),
+            lambda: torch.mm(wide, wide_z.T, out=products),
+        ).result()
     return narrow / (weight.numel() * len(z)), plain / (weight.numel() * len(z))
 
 

@@ -28,7 +28,7 @@ class Threads:
     """`map` over items, side by side where there are several of both."""
 
     def __init__(self, threads: int) -> None:
-        self._pool = ThreadPoolExecutor(threads, initializer=_alone) if threads > 1 else None
+        self._pool = ThreadPoolExecutor(threads, initializer=alone) if threads > 1 else None
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Results in order, each as soon as it and those before it are there.
@@ -69,5 +69,6 @@ def keep_freed_memory() -> None:
             library.free(ctypes.c_void_p(heap))
 
 
-def _alone() -> None:
-    torch.set_num_threads(1)  # of this thread only: OpenMP keeps the number per thread
+def alone() -> None:
+    """Have torch use one thread in this one only: OpenMP keeps the number per thread."""
+    torch.set_num_threads(1)
