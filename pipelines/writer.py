@@ -137,6 +137,7 @@ def parquet_options(kind: str, schema: pa.Schema) -> dict[str, Any]:
         "compression_level": 1,  # 3 takes 7 % longer for 0.3 % less
         "write_statistics": [f.name for f in schema if f.name in _PRUNED],
         "store_schema": False,
+        "write_batch_size": 1 << 16,  # rows encoded at a time; 1,024, the default, take a seventh longer
         "use_dictionary": [
             *(f.name for f in schema if f.name not in plain and not pa.types.is_nested(f.type)),
             "bins.list.element",

@@ -38,7 +38,7 @@ from sae_runtime.bfloat import rounded, value_of
 from sae_runtime.jit import bits_of_float, float_of_bits, number_of, summed
 from sae_runtime.threads import alone
 
-LANES = 64  # tokens that are compared at a time; arrays of a number a token have as many to spare
+STEP = 64  # tokens that are compared at a time; arrays of a number a token have as many to spare
 _REPEATED = 64  # columns for parts of loud dimensions
 _SMALLEST = np.float32(2.0**-100)
 _FEATURES = 4096
@@ -50,9 +50,9 @@ class Tokens(NamedTuple):
     """A block of tokens, made ready."""
 
     columns: torch.Tensor  # [k, tokens], bfloat16 or int8
-    scale: np.ndarray  # float32 [tokens + LANES]; of bfloat16 it is not read
-    near: np.ndarray  # float32 [tokens + LANES]
-    off: np.ndarray  # float32 [tokens + LANES]
+    scale: np.ndarray  # float32 [tokens + STEP]; of bfloat16 it is not read
+    near: np.ndarray  # float32 [tokens + STEP]
+    off: np.ndarray  # float32 [tokens + STEP]
 
 
 class Products(ABC):
@@ -130,7 +130,7 @@ class _BfloatProducts(Products):
         self.weight, self.lost, self.norm, self.limit = of.weight, of.lost, of.norm, of.limit
 
     def tokens(self, z: np.ndarray) -> Tokens:
-        near, off = np.zeros((2, len(z) + LANES), np.float32)
+        near, off = np.zeros((2, len(z) + STEP), np.float32)
         _bfloat_errors(z, z.dtype == np.uint16, near, off)
         if z.dtype == np.uint16:
             narrow = torch.from_numpy(z.view(np.int16)).view(torch.bfloat16)
@@ -182,7 +182,7 @@ class _Int8Products(Products):
         self.limit = _down((limit - 2.0**-20 * limit.abs()) / of.step)
 
     def tokens(self, z: np.ndarray) -> Tokens:
-        scale, near, off = np.zeros((3, len(z) + LANES), np.float32)
+        scale, near, off = np.zeros((3, len(z) + STEP), np.float32)
         codes = np.empty((len(z), self.weight.shape[1]), np.int8)
         _quantise(
             z, self._mean, self._mean_norm, self._most, self._room, self._source, codes, scale, near, off

@@ -16,13 +16,15 @@ caches (`benchmarks/encode.py`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from sae_runtime.bfloat import rounded
-from sae_runtime.cheap import LANES, Bfloat, Cheap, Int8, fastest, worth_refining
-from sae_runtime.jit import jit, lowest_bit, number_of, over_limit, prefetch, summed
+from sae_runtime.cheap import STEP, Bfloat, Cheap, Int8, fastest, worth_refining
+from sae_runtime.jit import jit, number_of, summed
+from sae_runtime.vectors import LANES, four_products, over_floor, over_limit, prefetch, put_places
 
 TOKENS = 1024
 FEATURES = 1024
@@ -53,40 +55,44 @@ class Screen:
         `inputs(x)` is z, float32 [tokens, d]; `exact` if that is `x` and bfloat16. Rows are sorted by
         feature, then token. An activation is the product, or product * gain + shift where there is a gain.
         """
-        found = []
+        counts, ends = [], [0]
         width = len(self.bias)
         products = None
-        room = TOKENS * min(FEATURES, width) + LANES
-        scratch = np.empty(room, np.int32), np.empty(room, np.uint16)
+        room = TOKENS * min(FEATURES, width)
+        token, code = np.empty(room, np.int32), np.empty(room, np.uint16)
         for start in range(0, len(x), TOKENS):
             block = x[start : start + TOKENS]
             z = _codes(block) if exact else inputs(block).contiguous().numpy()
             if products is None:
                 products = self.cheap.products(z)
-                cheap = torch.empty(room, dtype=products.dtype)
+                cheap = torch.empty(room + STEP, dtype=products.dtype)
                 screened = cheap.numpy() if cheap.dtype == torch.int32 else _codes(cheap)
             block_tokens = products.tokens(z)
-            count = np.zeros(width, np.int64)
-            refined, tokens, codes = 0, [], []
+            pairs = _paired(z, *_halves(z.shape[1])) if exact else z
+            count = np.empty(width, np.int64)
+            refined, row = 0, ends[-1]
             for first in range(0, width, FEATURES):
                 rows = slice(first, first + FEATURES)
                 features = len(self.bias[rows])
                 products.multiply(
                     rows, block_tokens.columns, cheap[: features * len(z)].view(features, len(z))
                 )
+                token, code = _with_room(token, row, room), _with_room(code, row, room)
                 n, candidates = _refine(
                     screened, *block_tokens[1:], products.lost[rows], products.norm[rows],
-                    products.limit[rows], self.weight[rows], z, self.bias[rows], self.floor[rows],
-                    gain[rows], shift[rows], start, count[rows], *scratch,
+                    products.limit[rows], self.weight[rows], z, pairs, self.bias[rows], self.floor[rows],
+                    gain[rows], shift[rows], start, count[rows], token, code, row,
                 )  # fmt: skip
-                refined += candidates
-                tokens.append(scratch[0][:n].copy())
-                codes.append(scratch[1][:n].copy())
-            found.append((count, _joined(tokens), _joined(codes)))
+                row, refined = row + n, refined + candidates
+            counts.append(count)
+            ends.append(row)
             if isinstance(self.cheap, Int8) and refined > worth_refining() * width * len(z):
                 self.cheap = Bfloat(*self._given)
                 products = None
-        return found
+        if len(ends) == 2:  # which nobody copies into one, and the room behind it would be held with it
+            token, code = token[:row].copy(), code[:row].copy()
+        parts = (slice(a, b) for a, b in pairwise(ends))
+        return [(count, token[rows], code[rows]) for count, rows in zip(counts, parts, strict=True)]
 
 
 def _codes(x: torch.Tensor) -> np.ndarray:
@@ -94,69 +100,102 @@ def _codes(x: torch.Tensor) -> np.ndarray:
     return x.contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _with_room(column: np.ndarray, rows: int, room: int) -> np.ndarray:
+    """`column`, or a larger one with its first `rows`, so that there is room for so many more."""
+    if len(column) - rows >= room:
+        return column
+    larger = np.empty(2 * len(column) + room, column.dtype)
+    larger[:rows] = column[:rows]
+    return larger
+
+
+@jit
+def _paired(z: np.ndarray, columns: int, apart: int) -> np.ndarray:
+    """Columns j and `apart` + j of codes [tokens, d] in one, for j < `columns`: uint32 [tokens, columns]."""
+    out = np.empty((len(z), columns), np.uint32)
+    for t in range(len(z)):
+        low, high = z[t], z[t, apart:]
+        for j in range(columns):
+            out[t, j] = np.uint32(low[j]) | np.uint32(high[j]) << np.uint32(16)
+    return out
 
 
 @summed
 def _refine(
     screened: np.ndarray, scale: np.ndarray, near: np.ndarray, off: np.ndarray,
     lost: np.ndarray, norm: np.ndarray, limit: np.ndarray,
-    weight: np.ndarray, z: np.ndarray, bias: np.ndarray, floor: np.ndarray,
+    weight: np.ndarray, z: np.ndarray, pairs: np.ndarray, bias: np.ndarray, floor: np.ndarray,
     gain: np.ndarray, shift: np.ndarray, offset: int, count: np.ndarray,
-    token: np.ndarray, code: np.ndarray,
+    token: np.ndarray, code: np.ndarray, row: int,
 ) -> tuple[int, int]:  # fmt: skip
-    """Rows into `token` and `code`, their number a feature into `count`; gives their number and candidates'.
+    """Rows into `token` and `code` from `row` on, their number a feature into `count`; gives their number and
+    candidates'.
 
-    `screened` begins with the cheap products [features, tokens]; z is float32, or codes of bfloat16.
+    `screened` begins with the cheap products [features, tokens]; z is float32 and `pairs` the same, or z is
+    codes of bfloat16 and `pairs` what `_paired` makes of their columns.
     """
     features, tokens = len(limit), len(z)
     d = weight.shape[1]
-    candidate = np.empty(tokens + 4, np.int32)
-    product = np.empty(tokens + 4, np.float32)
-    row, refined = 0, 0
+    columns, apart = _halves(d)
+    candidate = np.empty(tokens + LANES, np.int32)
+    product = np.empty(tokens + LANES, np.float32)
+    active = np.empty(tokens + LANES, np.int32)
+    first, refined = row, 0
     for f in range(features):
         n = 0
         if f + 1 < features:  # rows of weights come from far, and comparing leaves time for the next
             for begun in range(0, d, 16):
                 prefetch(weight, (f + 1) * d + begun)
-        for start in range(0, tokens, LANES):
+        for start in range(0, tokens, STEP):
             word = np.uint64(0)
-            for part in range(0, LANES, 16):
+            for part in range(0, STEP, LANES):
                 at = start + part
                 over = over_limit(screened, scale, near, off, f * tokens + at, at, lost[f], norm[f], limit[f])
                 word |= over << np.uint64(part)
-            if tokens - start < LANES:
+            if tokens - start < STEP:
                 word &= (np.uint64(1) << np.uint64(tokens - start)) - np.uint64(1)
-            while word:
-                candidate[n] = start + lowest_bit(word)
-                n += 1
-                word &= word - np.uint64(1)
+            if word:
+                for part in range(0, STEP, LANES):
+                    n = put_places(word >> np.uint64(part), start + part, candidate, n)
         refined += n
         # The last one fills up the last four, so that every product is summed by the same code.
         candidate[n : n + 3] = candidate[n - 1] if n else 0
-        # Four at once, for `weight` is read once.
-        for i in range(0, n, 4):
-            one, two, three, four = candidate[i], candidate[i + 1], candidate[i + 2], candidate[i + 3]
-            p, q, r, s = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for j in range(d):
-                p += weight[f, j] * number_of(z[one, j])
-                q += weight[f, j] * number_of(z[two, j])
-                r += weight[f, j] * number_of(z[three, j])
-                s += weight[f, j] * number_of(z[four, j])
-            product[i], product[i + 1], product[i + 2], product[i + 3] = p, q, r, s
-        before = row
+        for i in range(0, n, 4):  # at once, for a row of weights is read once
+            four_products(weight, f, pairs, columns, apart, candidate, i, product)
+        if apart + columns < d:
+            for i in range(n):
+                product[i] += _rest(weight[f], z[candidate[i]], columns, apart)
         for i in range(n):
-            u = product[i] + bias[f]
-            product[i] = u
-            token[row] = offset + candidate[i]
-            code[row] = rounded(u)
-            candidate[row - before] = i
-            row += u > floor[f]
+            product[i] += bias[f]
+        product[n : n + LANES] = -np.inf
+        found = 0
+        for i in range(0, n, LANES):
+            found = put_places(over_floor(product, i, floor[f]), i, active, found)
+        for i in range(found):
+            token[row + i] = offset + candidate[active[i]]
+            code[row + i] = rounded(product[active[i]])
         if len(gain):
-            _scale(product, candidate[: row - before], gain[f], shift[f], code[before:row])
-        count[f] = row - before
-    return row, refined
+            _scale(product, active[:found], gain[f], shift[f], code[row : row + found])
+        count[f] = found
+        row += found
+    return row - first, refined
+
+
+@jit
+def _halves(d: int) -> tuple[int, int]:
+    """How many columns are multiplied in pairs, and how far apart the two of a pair are."""
+    return d // 2 // LANES * LANES, d // 2
+
+
+@summed
+def _rest(weight: np.ndarray, z: np.ndarray, columns: int, apart: int) -> np.float32:
+    """The product over the columns that are in no pair."""
+    total = np.float32(0)
+    for j in range(columns, apart):
+        total += weight[j] * number_of(z[j])
+    for j in range(apart + columns, len(weight)):
+        total += weight[j] * number_of(z[j])
+    return total
 
 
 @jit
