@@ -8,9 +8,9 @@ Int8 products have the wider bound. An SAE of which they leave so many pairs to 
 would have cost less goes on with those.
 
 Trade-off, measured (4,096 tokens x 4,096 features x d 576, L0 83): with AMX, in bfloat16, 31 ms, of which 11
-are cheap products, where the float32 product alone takes 70 to 75; an EPYC without, one core, in int8 51 ms,
-of which 26 are products and 23 refining, and in bfloat16 63. Blocks of 1,024 tokens and features stay in
-caches (`benchmarks/encode.py`).
+are cheap products, where the float32 product alone takes 70 to 75; an EPYC without, one core, in int8 47 ms,
+of which 24 are products and 15 refining, and in bfloat16 61. Blocks of 1,024 tokens and features stay in
+caches (`benchmarks/encode.py --threads 1`).
 """
 
 from __future__ import annotations
