@@ -8,8 +8,8 @@ giving the same bits for random inputs at the module's own width (`fuse`); what 
 code. So a new release of transformers, or another order of torch's sums, costs speed and nothing else.
 
 Trade-off, measured (SmolLM2, 2 cores with AMX, 16 contexts of 256): the forward pass takes 0.76 to 0.79 of
-the time (`benchmarks/forward.py`); what is left is products and attention. The loops use one thread each,
-which is why batches go side by side in threads.
+the time (`benchmarks/forward.py`); what is left is products and attention, which attention.py takes where it
+has torch's bits. The loops use one thread each, which is why batches go side by side in threads.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from sae_runtime.attention import attended
 from sae_runtime.bfloat import rounded, value_of
 from sae_runtime.jit import jit
 
 _ROWS = 67  # of the random inputs
 _LANES = 8  # of torch's vectors in sums of float32, on any x86 machine
 _WIDE = 4 * _LANES
+_INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 _Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -110,7 +113,7 @@ def _gated(module: nn.Module, needed: Collection[nn.Module]) -> _Forward | None:
 
 
 def _rotating(module: nn.Module) -> Callable[..., Any] | None:
-    """An attention's forward that calls our rotary embedding where it would call its family's."""
+    """An attention's forward that calls our rotary embedding and attention where it would call others."""
     forward = type(module).forward
     name = "apply_rotary_pos_emb"
     theirs = getattr(forward, "__globals__", {}).get(name)
@@ -134,12 +137,26 @@ def _rotating(module: nn.Module) -> Callable[..., Any] | None:
         return None
     if not all(map(_same, rotary(q, k, cos, sin), wanted)):
         return None
+    globals_ = {**forward.__globals__, name: rotary}
+    if "get_interface" in forward.__code__.co_names and _INTERFACES in globals_:
+        globals_[_INTERFACES] = _Interfaces(globals_[_INTERFACES])
     ours = types.FunctionType(
-        forward.__code__, {**forward.__globals__, name: rotary}, forward.__name__, forward.__defaults__,
-        forward.__closure__,
-    )  # fmt: skip
+        forward.__code__, globals_, forward.__name__, forward.__defaults__, forward.__closure__
+    )
     ours.__kwdefaults__ = forward.__kwdefaults__
     return types.MethodType(ours, module)
+
+
+class _Interfaces:
+    """transformers' attention functions by name, with ours before its `sdpa`."""
+
+    def __init__(self, theirs: Any) -> None:
+        self._theirs = theirs
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of a name."""
+        found: Callable[..., Any] = self._theirs.get_interface(name, default)
+        return partial(attended, found) if name == "sdpa" else found
 
 
 def _can_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:

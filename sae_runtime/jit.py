@@ -20,6 +20,7 @@ from numba.core import types
 from sae_runtime.cache import cache_dir
 
 _SOURCES = (
+    "attention.py",
     "bfloat.py",
     "cheap.py",
     "encode.py",

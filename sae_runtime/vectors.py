@@ -1,4 +1,4 @@
-"""The screen's inner loops as vectors of 16 numbers, where the compiler makes slower code of plain ones.
+"""Inner loops of screen and attention as vectors of 16, where the compiler makes slower code of plain ones.
 
 Invariant: nothing here names a processor; where registers are shorter, the compiler takes several for a
 vector, and results are the same. Arrays are contiguous and places are not checked: callers leave room.
@@ -193,6 +193,96 @@ def four_products(
 
     kind = types.void(weight, types.int64, pairs, types.int64, types.int64, token, types.int64, out)
     return kind, generate
+
+
+@intrinsic
+def tile(
+    context: Any, a: Any, b: Any, first: Any, n: Any, column: Any, out: Any, added: Any
+) -> Any:  # fmt: skip
+    """out[:4, column : column + 32] = a[:4, first : first + n] b[first : first + n, column : column + 32].
+
+    All float32. Each number is summed in the order of the columns of `a`, with one rounding a step where the
+    processor has that; if `added`, that sum is added to what is there.
+    """
+
+    def generate(target: Any, build: Any, signature: Any, args: Any) -> Any:
+        kinds = signature.args
+        first, n, column, added = (args[i] for i in (2, 3, 4, 6))
+        datas = [_data(target, build, kinds[i], args[i]) for i in (0, 1, 5)]
+        strides = [_columns(target, build, kinds[i], args[i]) for i in (0, 1, 5)]
+        rows = [build.gep(datas[0], [build.add(build.mul(_LONG(r), strides[0]), first)]) for r in range(4)]
+        b_first = build.gep(datas[1], [build.add(build.mul(first, strides[1]), column)])
+        zero = ir.Constant(_NUMBERS, [0.0] * LANES)
+        sums = [cgutils.alloca_once_value(build, zero) for _ in range(8)]
+        for each in sums:
+            build.store(zero, each)
+        with cgutils.for_range(build, n) as loop:
+            line = build.gep(b_first, [build.mul(loop.index, strides[1])])
+            both = [_load(build, line, _LONG(LANES * i), _NUMBERS) for i in range(2)]
+            for r in range(4):
+                factor = _all_of(build, build.load(build.gep(rows[r], [loop.index])), _NUMBERS)
+                for i in range(2):
+                    product = build.fmul(factor, both[i], flags=("contract",))
+                    at = sums[2 * r + i]
+                    build.store(build.fadd(build.load(at), product, flags=("contract",)), at)
+        more = build.icmp_signed("!=", added, _LONG(0))
+        for r in range(4):
+            for i in range(2):
+                place = build.add(build.add(build.mul(_LONG(r), strides[2]), column), _LONG(LANES * i))
+                found = build.load(sums[2 * r + i])
+                there = build.fadd(_load(build, datas[2], place, _NUMBERS), found)
+                at = build.bitcast(build.gep(datas[2], [place]), _NUMBERS.as_pointer())
+                build.store(build.select(more, there, found), at).align = 4
+        return target.get_dummy_value()
+
+    return types.void(a, b, types.int64, types.int64, types.int64, out, types.int64), generate
+
+
+# Malossi et al., Fast Exponential Computation on SIMD Architectures (2015), with the cubic that torch has.
+_LOG2_E, _LOWEST = 1.44269504, -87.33654  # the logarithm of the smallest normal number
+_CUBIC = (-0.079204240219773236, -0.22433836478672356, 0.30354260500649682, 0.00010703434948458272)
+
+
+@intrinsic
+def powers(context: Any, row: Any, start: Any, most: Any, sums: Any, at: Any) -> Any:
+    """e^(row[start + i] - most) for 0 <= i < 16: added to sums[at + i], and rounded to bfloat16 in the place
+    of row[start + i]. All float32; exponents of at most 0.
+
+    2^y has the bits of y + 127 in units of 2^-23, once a polynomial of its fraction is taken off.
+    """
+
+    def generate(target: Any, build: Any, signature: Any, args: Any) -> Any:
+        def number(value: float) -> Any:
+            return ir.Constant(_NUMBERS, [float(np.float32(value))] * LANES)
+
+        def integer(value: int) -> Any:
+            return ir.Constant(_INTS, [value] * LANES)
+
+        row, sums = (_data(target, build, signature.args[i], args[i]) for i in (0, 3))
+        x = build.fsub(_load(build, row, args[1], _NUMBERS), _all_of(build, args[2], _NUMBERS))
+        y = build.fmul(x, number(_LOG2_E))
+        floor, fused = (
+            cgutils.get_or_insert_function(
+                build.module, ir.FunctionType(_NUMBERS, [_NUMBERS] * n), f"llvm.{name}.v{LANES}f32"
+            )
+            for name, n in (("floor", 1), ("fma", 3))
+        )
+        part = build.fsub(y, build.call(floor, [y]))
+        off = number(_CUBIC[0])
+        for factor in _CUBIC[1:]:
+            off = build.call(fused, [part, off, number(factor)])
+        units = build.fadd(build.fmul(build.fsub(y, off), number(2.0**23)), number(127 * 2.0**23))
+        found = build.bitcast(build.fptosi(units, _INTS), _NUMBERS)
+        found = build.select(build.fcmp_ordered(">=", x, number(_LOWEST)), found, number(0))
+        total = build.fadd(_load(build, sums, args[4], _NUMBERS), found)
+        bits = build.bitcast(found, _INTS)
+        odd = build.and_(build.lshr(bits, integer(16)), integer(1))
+        near = build.and_(build.add(build.add(bits, integer(0x7FFF)), odd), integer(0xFFFF0000))
+        for value, data, place in ((total, sums, args[4]), (build.bitcast(near, _NUMBERS), row, args[1])):
+            build.store(value, build.bitcast(build.gep(data, [place]), _NUMBERS.as_pointer())).align = 4
+        return target.get_dummy_value()
+
+    return types.void(row, types.int64, types.float32, sums, types.int64), generate
 
 
 def _sums(build: Any, vectors: list[Any]) -> Any:
