@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from memory import IMPORT
 from safetensors.torch import save_file
 
 import queries
@@ -614,12 +615,11 @@ def hostile_files(at: Path) -> Iterator[Path]:
 
 
 MEASURE = """
-import json, resource, sys, time
+import json, resource, time
 import torch
 from sae_runtime import tree, weights
 from sae_runtime.errors import InputError
 resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 readers = {"weights": (weights.headers, weights.read), "config": (tree.read_json,), "yaml": (tree.read_yaml,)}
 for line in sys.stdin:
     kind, file = json.loads(line)
@@ -630,7 +630,7 @@ for line in sys.stdin:
             said = None
         except InputError as error:
             said = str(error)
-        print(json.dumps([file, reader.__name__, said, (peak() - before) / 1024,
+        print(json.dumps([file, reader.__name__, said, (peak() - before) / 2**20,
             time.process_time() - began]), flush=True)
 """
 
@@ -638,7 +638,7 @@ for line in sys.stdin:
 def measure(kind: str, files: list[Path]) -> list[tuple[str, str, str | None, float, float]]:
     """(file, reader, error, MB that the peak grew by, processor seconds), in a process of their own."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE], cwd=ROOT, text=True, capture_output=True, timeout=300,
+        [sys.executable, "-c", IMPORT + MEASURE], cwd=ROOT, text=True, capture_output=True, timeout=300,
         input="".join(json.dumps([kind, str(file)]) + "\n" for file in files),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-2000:]

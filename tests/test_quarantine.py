@@ -30,6 +30,7 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import IMPORT
 from safetensors.torch import load_file, save_file
 
 import pipelines.corpus
@@ -299,7 +300,6 @@ def hostile(folder: Path) -> dict[str, Path]:
 
 
 MEASURE = """
-import resource, sys
 from pipelines.corpus import index_file, read_documents
 from pipelines.files import list_files
 from pipelines.quarantine import Refused
@@ -307,7 +307,6 @@ from pipelines import readers
 from pipelines.spec import CorpusSource
 import pyarrow.compute
 readers.SPOOL = 1 << 26
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 before = peak()
 for path in sys.argv[1:]:
     source = CorpusSource(uri=path)
@@ -316,14 +315,17 @@ for path in sys.argv[1:]:
     found = list(read_documents(file, source, {}, 0, rows))
     told = [(each.row, each.error) if isinstance(each, Refused) else each.text for each in found]
     print(path.rsplit("/", 1)[1], rows, told)
-print(peak() - before)
+print(peak() - before >> 20)
 """
 
 
 def test_what_is_too_large_is_refused_in_bounded_memory(tmp_path: Path) -> None:
     files = hostile(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, files.values())], capture_output=True, text=True, check=True
+        [sys.executable, "-c", IMPORT + MEASURE, *map(str, files.values())],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     *told, grown = done.stdout.splitlines()
     long = ["before", (1, "a line of more than 32 MiB, which is not read"), "after"]
