@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from sae_runtime.bfloat import rounded, value_of
 from sae_runtime.jit import jit
-from sae_runtime.vectors import LANES, powers, tile
+from sae_runtime.vectors import LANES, highest, powers, tile
 
 _ROWS, _COLUMNS = 4, 32  # of a tile
 _BLOCK = 192  # numbers that are summed up at once
@@ -153,7 +153,6 @@ def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: np.float32, out:
     weights = np.zeros((_ROWS, padded), np.float32)
     sums = np.zeros((_ROWS, d), np.float32)
     softened = np.empty((_ROWS, 2), np.float32)
-    lanes = np.empty(_COLUMNS, np.float32)
     for b in range(contexts):
         for g in range(groups):
             for j in range(length):
@@ -176,7 +175,7 @@ def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: np.float32, out:
                                 tile(queries, keys, at, min(block, d - at), column, weights, at)
                         for r in range(rows):
                             n = min(first + r + 1, end) - begin
-                            less = _soften(weights[r, begin:], n, piece, scale, softened[r], lanes)
+                            less = _soften(weights[r, begin:], n, piece, scale, softened[r])
                             if begin:
                                 for i in range(d):
                                     sums[r, i] *= less
@@ -197,38 +196,19 @@ def _block(n: int) -> int:
 
 
 @jit
-def _soften(
-    row: np.ndarray, n: int, piece: int, scale: np.float32, softened: np.ndarray, lanes: np.ndarray
-) -> np.float32:
+def _soften(row: np.ndarray, n: int, piece: int, scale: np.float32, softened: np.ndarray) -> np.float32:
     """Scores of the first n keys of a piece into weights, as bfloat16, and of further ones into 0, to the end
     of a tile.
 
     `softened` has the highest score and the sum of weights so far; gives by what earlier weights are to be
-    multiplied, and their sum has been. `lanes` is room for 32.
+    multiplied, and their sum has been.
     """
     end = -(-n // _COLUMNS) * _COLUMNS
     row[n:end] = -np.inf
-    lanes[:] = -np.inf
-    for start in range(0, end, _COLUMNS):
-        for i in range(_COLUMNS):
-            score = row[start + i] * scale
-            row[start + i] = score
-            lanes[i] = score if score > lanes[i] else lanes[i]
-    most = max(lanes.max(), softened[0])
-    lanes[:] = 0
-    whole = piece // _COLUMNS * _COLUMNS
-    for start in range(0, min(end, whole), _COLUMNS):
-        powers(row, start, most, lanes, 0)
-        powers(row, start + LANES, most, lanes, LANES)
-    if piece - whole >= LANES:
-        if whole < end:
-            powers(row, whole, most, lanes, 0)
-        whole += LANES
-    for half in (16, 8, 4, 2, 1):
-        for i in range(half):
-            lanes[i] += lanes[i + half]
-    total = lanes[0]
-    for j in range(whole, end):
+    most = highest(row, end, scale, softened[0])
+    alone = min(end, piece // LANES * LANES)
+    total = powers(row, alone, most)
+    for j in range(alone, end):
         e = np.float32(np.exp(row[j] - most))
         total += e
         row[j] = value_of(rounded(e))

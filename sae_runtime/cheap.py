@@ -284,7 +284,10 @@ def fastest() -> type[Cheap]:
 
 
 def worth_refining() -> float:
-    """Of the pairs, the share that may be refined after int8 products until bfloat16 takes less time."""
+    """Of the pairs, the share that may be refined in vain after int8 products until bfloat16 takes less time.
+
+    After bfloat16 products hardly any are, but what is active has to be refined after either.
+    """
     if not steps():
         return 0.0
     narrow, plain = _seconds()

@@ -186,9 +186,7 @@ def four_products(
                     total = build.fadd(build.load(sums[2 * i + k]), product, flags=("contract",))
                     build.store(total, sums[2 * i + k])
         whole = [build.fadd(build.load(sums[2 * i]), build.load(sums[2 * i + 1])) for i in range(4)]
-        four = ir.VectorType(_NUMBER, 4)
-        store = build.store(_sums(build, whole), build.bitcast(build.gep(out, [at]), four.as_pointer()))
-        store.align = 4
+        _store(build, _sums(build, whole), out, at)
         return target.get_dummy_value()
 
     kind = types.void(weight, types.int64, pairs, types.int64, types.int64, token, types.int64, out)
@@ -231,11 +229,29 @@ def tile(
                 place = build.add(build.add(build.mul(_LONG(r), strides[2]), column), _LONG(LANES * i))
                 found = build.load(sums[2 * r + i])
                 there = build.fadd(_load(build, datas[2], place, _NUMBERS), found)
-                at = build.bitcast(build.gep(datas[2], [place]), _NUMBERS.as_pointer())
-                build.store(build.select(more, there, found), at).align = 4
+                _store(build, build.select(more, there, found), datas[2], place)
         return target.get_dummy_value()
 
     return types.void(a, b, types.int64, types.int64, types.int64, out, types.int64), generate
+
+
+@intrinsic
+def highest(context: Any, row: Any, n: Any, scale: Any, most: Any) -> Any:
+    """Multiplies row[:n], n a multiple of 32; gives the highest of those numbers and `most`. All float32."""
+
+    def generate(target: Any, build: Any, signature: Any, args: Any) -> Any:
+        data = _data(target, build, signature.args[0], args[0])
+        factor = _all_of(build, args[2], _NUMBERS)
+        found = [cgutils.alloca_once_value(build, _all_of(build, args[3], _NUMBERS)) for _ in range(2)]
+        with cgutils.for_range(build, build.lshr(args[1], _LONG(5))) as loop:
+            for i in range(2):
+                at = build.add(build.shl(loop.index, _LONG(5)), _LONG(LANES * i))
+                value = build.fmul(_load(build, data, at, _NUMBERS), factor)
+                _store(build, value, data, at)
+                build.store(_larger(build, value, build.load(found[i])), found[i])
+        return _number(build, _halves(build, _larger, [build.load(each) for each in found]))
+
+    return types.float32(row, types.int64, types.float32, types.float32), generate
 
 
 # Malossi et al., Fast Exponential Computation on SIMD Architectures (2015), with the cubic that torch has.
@@ -244,56 +260,97 @@ _CUBIC = (-0.079204240219773236, -0.22433836478672356, 0.30354260500649682, 0.00
 
 
 @intrinsic
-def powers(context: Any, row: Any, start: Any, most: Any, sums: Any, at: Any) -> Any:
-    """e^(row[start + i] - most) for 0 <= i < 16: added to sums[at + i], and rounded to bfloat16 in the place
-    of row[start + i]. All float32; exponents of at most 0.
+def powers(context: Any, row: Any, n: Any, most: Any) -> Any:
+    """e^(row[i] - most) for i < n, a multiple of 16, in their places, rounded to bfloat16; gives their sum,
+    which is of the numbers before rounding. All float32; exponents of at most 0.
 
-    2^y has the bits of y + 127 in units of 2^-23, once a polynomial of its fraction is taken off.
+    Numbers go to 32 sums in turn; then halves of the sums are added until one is left.
     """
 
     def generate(target: Any, build: Any, signature: Any, args: Any) -> Any:
-        def number(value: float) -> Any:
-            return ir.Constant(_NUMBERS, [float(np.float32(value))] * LANES)
+        data = _data(target, build, signature.args[0], args[0])
+        most = _all_of(build, args[2], _NUMBERS)
+        zero = ir.Constant(_NUMBERS, [0.0] * LANES)
+        sums = [cgutils.alloca_once_value(build, zero) for _ in range(2)]
 
-        def integer(value: int) -> Any:
-            return ir.Constant(_INTS, [value] * LANES)
+        def one(at: Any, total: Any) -> None:
+            found = _power(build, build.fsub(_load(build, data, at, _NUMBERS), most))
+            build.store(build.fadd(build.load(total), found), total)
+            bits = build.bitcast(found, _INTS)
+            odd = build.and_(build.lshr(bits, _integer(16)), _integer(1))
+            near = build.and_(build.add(build.add(bits, _integer(0x7FFF)), odd), _integer(0xFFFF0000))
+            _store(build, build.bitcast(near, _NUMBERS), data, at)
 
-        row, sums = (_data(target, build, signature.args[i], args[i]) for i in (0, 3))
-        x = build.fsub(_load(build, row, args[1], _NUMBERS), _all_of(build, args[2], _NUMBERS))
-        y = build.fmul(x, number(_LOG2_E))
-        floor, fused = (
-            cgutils.get_or_insert_function(
-                build.module, ir.FunctionType(_NUMBERS, [_NUMBERS] * n), f"llvm.{name}.v{LANES}f32"
-            )
-            for name, n in (("floor", 1), ("fma", 3))
+        with cgutils.for_range(build, build.lshr(args[1], _LONG(5))) as loop:
+            for i in range(2):
+                one(build.add(build.shl(loop.index, _LONG(5)), _LONG(LANES * i)), sums[i])
+        with build.if_then(build.icmp_signed("!=", build.and_(args[1], _LONG(LANES)), _LONG(0))):
+            one(build.and_(args[1], _LONG(-2 * LANES)), sums[0])
+        return _number(build, _halves(build, _added, [build.load(each) for each in sums]))
+
+    return types.float32(row, types.int64, types.float32), generate
+
+
+def _power(build: Any, x: Any) -> Any:
+    """e^x of a vector: 2^y has the bits of y + 127 in units of 2^-23, less a polynomial of its fraction."""
+    floor, fused = (
+        cgutils.get_or_insert_function(
+            build.module, ir.FunctionType(_NUMBERS, [_NUMBERS] * n), f"llvm.{name}.v{LANES}f32"
         )
-        part = build.fsub(y, build.call(floor, [y]))
-        off = number(_CUBIC[0])
-        for factor in _CUBIC[1:]:
-            off = build.call(fused, [part, off, number(factor)])
-        units = build.fadd(build.fmul(build.fsub(y, off), number(2.0**23)), number(127 * 2.0**23))
-        found = build.bitcast(build.fptosi(units, _INTS), _NUMBERS)
-        found = build.select(build.fcmp_ordered(">=", x, number(_LOWEST)), found, number(0))
-        total = build.fadd(_load(build, sums, args[4], _NUMBERS), found)
-        bits = build.bitcast(found, _INTS)
-        odd = build.and_(build.lshr(bits, integer(16)), integer(1))
-        near = build.and_(build.add(build.add(bits, integer(0x7FFF)), odd), integer(0xFFFF0000))
-        for value, data, place in ((total, sums, args[4]), (build.bitcast(near, _NUMBERS), row, args[1])):
-            build.store(value, build.bitcast(build.gep(data, [place]), _NUMBERS.as_pointer())).align = 4
-        return target.get_dummy_value()
+        for name, n in (("floor", 1), ("fma", 3))
+    )
+    y = build.fmul(x, _number_of(_LOG2_E))
+    part = build.fsub(y, build.call(floor, [y]))
+    off = _number_of(_CUBIC[0])
+    for factor in _CUBIC[1:]:
+        off = build.call(fused, [part, off, _number_of(factor)])
+    units = build.fadd(build.fmul(build.fsub(y, off), _number_of(2.0**23)), _number_of(127 * 2.0**23))
+    found = build.bitcast(build.fptosi(units, _INTS), _NUMBERS)
+    return build.select(build.fcmp_ordered(">=", x, _number_of(_LOWEST)), found, _number_of(0))
 
-    return types.void(row, types.int64, types.float32, sums, types.int64), generate
+
+def _number_of(value: float) -> Any:
+    return ir.Constant(_NUMBERS, [float(np.float32(value))] * LANES)
+
+
+def _integer(value: int) -> Any:
+    return ir.Constant(_INTS, [value] * LANES)
+
+
+def _store(build: Any, vector: Any, data: Any, first: Any) -> None:
+    """A vector to a place and those after it."""
+    build.store(vector, build.bitcast(build.gep(data, [first]), vector.type.as_pointer())).align = 4
+
+
+def _number(build: Any, vector: Any) -> Any:
+    return build.extract_element(vector, _INT(0))
+
+
+def _added(build: Any, one: Any, other: Any) -> Any:
+    return build.fadd(one, other)
+
+
+def _larger(build: Any, one: Any, other: Any) -> Any:
+    return build.select(build.fcmp_ordered(">", one, other), one, other)
 
 
 def _sums(build: Any, vectors: list[Any]) -> Any:
     """The sums of the lanes of each of four vectors, as a vector of four."""
-    one, other = (_halved(build, LANES, *two) for two in (vectors[:2], vectors[2:]))
-    four = _halved(build, LANES // 2, one, other)
-    return _halved(build, LANES // 8, _halved(build, LANES // 4, four))
+    one, other = (_halved(build, _added, LANES, *two) for two in (vectors[:2], vectors[2:]))
+    four = _halved(build, _added, LANES // 2, one, other)
+    return _halved(build, _added, LANES // 8, _halved(build, _added, LANES // 4, four))
 
 
-def _halved(build: Any, run: int, *vectors: Any) -> Any:
-    """Of each run of so many lanes of one vector or two, its first half plus its second, run after run."""
+def _halves(build: Any, operator: Any, vectors: list[Any]) -> Any:
+    """All lanes of two vectors as one: the first vector with the second, then half with half."""
+    whole = operator(build, *vectors)
+    while whole.type.count > 1:
+        whole = _halved(build, operator, whole.type.count, whole)
+    return whole
+
+
+def _halved(build: Any, operator: Any, run: int, *vectors: Any) -> Any:
+    """Of each run of so many lanes of one vector or two, its first half with its second, run after run."""
     lanes = len(vectors) * vectors[0].type.count
     first = [start + i for start in range(0, lanes, run) for i in range(run // 2)]
     kind = ir.VectorType(_INT, len(first))
@@ -301,4 +358,4 @@ def _halved(build: Any, run: int, *vectors: Any) -> Any:
         build.shuffle_vector(vectors[0], vectors[-1], ir.Constant(kind, [place + by for place in first]))
         for by in (0, run // 2)
     )
-    return build.fadd(*parts)
+    return operator(build, *parts)

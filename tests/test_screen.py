@@ -215,7 +215,7 @@ def test_few_are_refined(cheap: type[Cheap], monkeypatch: pytest.MonkeyPatch) ->
 def test_where_many_are_refined_bfloat16_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = refined(monkeypatch)
     monkeypatch.setattr(screen, "TOKENS", 128)
-    monkeypatch.setattr(screen, "worth_refining", lambda: 0.07)
+    monkeypatch.setattr(screen, "worth_refining", lambda: 0.01)
     rng = np.random.default_rng(11)
     x = torch.from_numpy(rng.normal(size=(640, 64))).bfloat16()
     W = rng.normal(size=(64, 90))
