@@ -13,12 +13,13 @@ rounded is taken from the limit. Norms are of what was really lost, in float64 o
 
 Bfloat   w' and z' are the nearest bfloat16 numbers; where z is bfloat16 itself nothing of it is lost.
 Int8     z less a mean, which adds a number to each feature's limit; a scale a feature and a token. Loud
-         dimensions would make a token's scale coarse, so they are repeated: their parts add up to more than
-         127. Mean and repetitions are of the first tokens that are given; others cost candidates only.
+         dimensions would make those coarse, so a dimension of z is multiplied with a number that weights are
+         divided by, and both are as loud there as each other (Xiao et al., SmoothQuant, 2022). Mean and
+         numbers are of the first tokens that are given; others cost candidates only.
 
-Trade-off, measured (2 cores of an EPYC, d 576): int8 products take half the time, 24 ms for 4,096 tokens and
-features against 48, and leave 1.8 to 3.2 candidates an active pair instead of 1.1 to 1.2 (SmolLM2, example
-SAEs). Encoding takes 0.8 of the time; without instructions for bfloat16, which most processors lack, 0.1 to
+Trade-off, measured (2 cores of an EPYC, d 576): int8 products take half the time, 22 ms for 4,096 tokens and
+features against 43, and leave 1.8 to 3.0 candidates an active pair instead of 1.1 to 1.2 (SmolLM2, example
+SAEs). Encoding takes 0.75 of the time; without instructions for bfloat16, which most processors lack, 0.1 to
 0.2. Which it is, a measurement decides (`benchmarks/encode.py`, `benchmarks/candidates.py`).
 """
 
@@ -39,9 +40,10 @@ from sae_runtime.jit import bits_of_float, float_of_bits, number_of, summed
 from sae_runtime.threads import alone
 
 STEP = 64  # tokens that are compared at a time; arrays of a number a token have as many to spare
-_REPEATED = 64  # columns for parts of loud dimensions
+_MULTIPLE = 64  # of columns in 8 bits; those that are too many are 0
+_FAINTEST = 2.0**-10  # of the loudest dimension; fainter ones are taken for so loud
 _SMALLEST = np.float32(2.0**-100)
-_FEATURES = 4096
+_FEATURES = 1024
 _PAYS = 0.75  # of the time of a bfloat16 product, or less
 _REFINE = 3.1e-11  # seconds of a multiplication in refining: 18 ns for 576
 
@@ -93,19 +95,27 @@ class _Bound(NamedTuple):
 
 
 def _bound(
-    weight: torch.Tensor, near: Callable[[slice], torch.Tensor], bias: torch.Tensor, floor: torch.Tensor
+    weight: torch.Tensor,
+    near: Callable[[slice], torch.Tensor],
+    bias: torch.Tensor,
+    floor: torch.Tensor,
+    room: torch.Tensor | None = None,
 ) -> _Bound:
-    """`near(rows)` is w' of some features, float64."""
-    lost, norm = (torch.empty(len(weight), dtype=torch.float64) for _ in range(2))
+    """`near(rows)` is w' of some features, float64, where w is `weight`, over `room` if that is given."""
+    lost, norm, plain = (torch.empty(len(weight), dtype=torch.float64) for _ in range(3))
     for start in range(0, len(weight), _FEATURES):
         rows = slice(start, start + _FEATURES)
         w = weight[rows].double()
+        plain[rows] = w.norm(dim=1)
+        w = w if room is None else w / room
         norm[rows], lost[rows] = w.norm(dim=1), (w - near(rows)).norm(dim=1)
     d = weight.shape[1]
     sums = 2.0**-22 * (floor.abs() + bias.abs()).double()
     tiny = d * 2.0**-125  # numbers under 2^-126, which may be taken for 0
     return _Bound(
-        1.02 * lost + tiny, 1.02 * norm + tiny, floor.double() - bias.double() - sums - tiny * (1 + norm)
+        1.02 * lost + tiny,
+        1.02 * norm + tiny,
+        floor.double() - bias.double() - sums - tiny * (1 + norm + plain),
     )
 
 
@@ -146,68 +156,76 @@ class Int8(Cheap):
     """Products in 8-bit integers, summed in 32 bits: exact."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, floor: torch.Tensor) -> None:
-        self.whole = weight
-        largest = weight.abs().amax(dim=1).double()
-        self.step = torch.where(largest > 0, largest / 127, 1.0)  # float64 [width]
-        self.weight = torch.empty(weight.shape, dtype=torch.int8)
-        for start in range(0, len(weight), _FEATURES):
-            rows = slice(start, start + _FEATURES)
-            self.weight[rows] = (weight[rows] / self.step[rows, None]).round().to(torch.int8)
-        self.bound = _bound(
-            weight, lambda rows: self.weight[rows].double() * self.step[rows, None], bias, floor
-        )
-        self.lost, self.norm = (_up(each / self.step) for each in (self.bound.lost, self.bound.norm))
+        self._given = weight, bias, floor
+        self._scaled: _Scaled | None = None
 
     def products(self, z: np.ndarray) -> Products:
-        return _Int8Products(self, z)
+        if self._scaled is None:
+            self._scaled = _Scaled(*self._given, _floats(z))
+        return _Int8Products(self._scaled, _floats(z))
+
+
+class _Scaled:
+    """Weights over a number a dimension, in 8 bits with a step a feature."""
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor, floor: torch.Tensor, first: torch.Tensor
+    ) -> None:
+        """`first` [tokens, d] float32 is like what is to be multiplied."""
+        self.whole = weight
+        self.room = _balance(weight, first - first.mean(dim=0))
+        width, d = weight.shape
+        self.step = torch.empty(width, dtype=torch.float64)
+        self.weight = torch.zeros(width, d + -d % _MULTIPLE, dtype=torch.int8)
+        for start in range(0, width, _FEATURES):
+            rows = slice(start, start + _FEATURES)
+            over = weight[rows].double() / self.room
+            largest = over.abs().amax(dim=1)
+            self.step[rows] = torch.where(largest > 0, largest / 127, 1.0)
+            self.weight[rows, :d] = (over / self.step[rows, None]).round().to(torch.int8)
+        self.bound = _bound(
+            weight, lambda rows: self.weight[rows, :d] * self.step[rows, None], bias, floor, self.room
+        )
+        self.lost, self.norm = (_up(each / self.step) for each in (self.bound.lost, self.bound.norm))
 
 
 class _Int8Products(Products):
     dtype = torch.int32
 
-    def __init__(self, of: Int8, first: np.ndarray) -> None:
-        d = of.weight.shape[1]
-        z = torch.from_numpy(_floats(first))
-        mean = z.mean(dim=0)
-        self._mean, self._mean_norm = mean.numpy(), float(mean.double().norm())
-        centred = z - mean
-        size = centred / centred.norm(dim=1, keepdim=True).clamp(min=float(_SMALLEST))
-        self._source, parts = _repetitions(size.square().mean(dim=0).sqrt().numpy(), _REPEATED + -d % 64)
-        self._most = np.int32(steps() or 127)
-        self._room = np.float32(1) / (np.float32(self._most) * parts.astype(np.float32))
-        self.weight = torch.cat([of.weight, of.weight[:, torch.from_numpy(self._source)]], dim=1)
-        self.lost, self.norm = of.lost, of.norm
+    def __init__(self, of: _Scaled, first: torch.Tensor) -> None:
+        d = of.whole.shape[1]
+        mean = first.mean(dim=0)
+        self._mean, self._mean_norm = mean.numpy(), float((mean.double() * of.room).norm())
+        self._room, self._most = of.room.float().numpy(), np.int32(steps() or 127)
+        self.weight, self.lost, self.norm = of.weight, of.lost, of.norm
         base = torch.mv(of.whole, mean).double()
         limit = of.bound.floor - base - d * 2.0**-22 * of.bound.norm * self._mean_norm
         self.limit = _down((limit - 2.0**-20 * limit.abs()) / of.step)
 
     def tokens(self, z: np.ndarray) -> Tokens:
         scale, near, off = np.zeros((3, len(z) + STEP), np.float32)
-        codes = np.empty((len(z), self.weight.shape[1]), np.int8)
-        _quantise(
-            z, self._mean, self._mean_norm, self._most, self._room, self._source, codes, scale, near, off
-        )
+        codes = np.zeros((len(z), self.weight.shape[1]), np.int8)
+        _quantise(z, self._mean, self._mean_norm, self._most, self._room, codes, scale, near, off)
         return Tokens(torch.from_numpy(codes).T, scale, near, off)
 
     def multiply(self, rows: slice, columns: torch.Tensor, out: torch.Tensor) -> None:
         torch._int_mm(self.weight[rows], columns, out=out)
 
 
-def _repetitions(size: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which dimension each of so many columns repeats, int64, and in how many parts each then is, int64 [d].
-
-    One after the other they go to the dimension whose `size` is the largest for its parts.
-    """
-    parts = np.ones(len(size), np.int64)
-    source = np.empty(columns, np.int64)
-    for i in range(columns):
-        source[i] = np.argmax(size / parts)
-        parts[source[i]] += 1
-    return source, parts
+def _balance(weight: torch.Tensor, centred: torch.Tensor) -> torch.Tensor:
+    """What a dimension of z is multiplied with, and of weights divided by, such that both are as loud as each
+    other there: float64 [d], each a float32."""
+    loud = []
+    for x in (weight, centred):
+        size = x.double().square().mean(dim=0).sqrt()
+        loud.append(size.clamp(min=float(size.max()) * _FAINTEST))
+    room = (loud[0] / loud[1]).sqrt()
+    return room.float().double() if room.isfinite().all() and (room > 0).all() else torch.ones_like(room)
 
 
-def _floats(z: np.ndarray) -> np.ndarray:
-    return (z.astype(np.uint32) << np.uint32(16)).view(np.float32) if z.dtype == np.uint16 else z
+def _floats(z: np.ndarray) -> torch.Tensor:
+    wide = (z.astype(np.uint32) << np.uint32(16)).view(np.float32) if z.dtype == np.uint16 else z
+    return torch.from_numpy(wide)
 
 
 def _down(values: torch.Tensor) -> np.ndarray:
@@ -244,32 +262,26 @@ def _bfloat_errors(z: np.ndarray, exact: bool, near: np.ndarray, off: np.ndarray
 @summed
 def _quantise(
     z: np.ndarray, mean: np.ndarray, mean_norm: float, steps: np.int32, room: np.ndarray,
-    source: np.ndarray, codes: np.ndarray, scale: np.ndarray, near: np.ndarray, off: np.ndarray,
+    codes: np.ndarray, scale: np.ndarray, near: np.ndarray, off: np.ndarray,
 ) -> None:  # fmt: skip
-    """(z - mean) / scale as integers in `codes` [tokens, d + repetitions], each at most `steps`; `room` is 1
-    over the most of each dimension, all its parts together."""
+    """(z - mean) * room / scale as integers of at most `steps` in the first columns of `codes`."""
     d = z.shape[1]
     left = np.empty(d, np.float32)
     for t in range(len(z)):
         highest = np.uint32(0)  # bits of numbers without a sign order as they do, and have vectors for it
         for j in range(d):
-            left[j] = number_of(z[t, j]) - mean[j]
-            highest = max(highest, bits_of_float(left[j] * room[j]) & np.uint32(0x7FFFFFFF))
-        most = max(float_of_bits(highest), _SMALLEST)
+            left[j] = (number_of(z[t, j]) - mean[j]) * room[j]
+            highest = max(highest, bits_of_float(left[j]) & np.uint32(0x7FFFFFFF))
+        most = max(float_of_bits(highest) / np.float32(steps), _SMALLEST)
         inverse = np.float32(1) / most
         whole, lost = np.float32(0), np.float32(0)
         for j in range(d):
             value = left[j] * inverse
-            whole += value * value
             part = min(max(np.int32(np.rint(value)), -steps), steps)
-            left[j] = value - np.float32(part)
             codes[t, j] = np.int8(part)
-        for k in range(len(source)):
-            part = min(max(np.int32(np.rint(left[source[k]])), -steps), steps)
-            left[source[k]] -= np.float32(part)
-            codes[t, d + k] = np.int8(part)
-        for j in range(d):
-            lost += left[j] * left[j]
+            rest = value - np.float32(part)
+            whole += value * value
+            lost += rest * rest
         # In units of the scale; the sums are of float32, whence 2^-10, and each number has been rounded.
         size = np.sqrt(np.float64(whole)) * (1 + 2.0**-10)
         gone = np.sqrt(np.float64(lost)) * (1 + 2.0**-10) + 2.0**-20 * size
