@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
+
 from sae_runtime.errors import CorpuscopeError, InputError, Interrupted, one_line
 
 ID = re.compile(r"(scan-[0-9a-f]{16})-a([1-9]\d*)")
@@ -37,6 +39,7 @@ _ENDED = {
 _REACH_SECONDS = 10.0
 _ANSWER_SECONDS = 60.0
 _LOOK_EVERY = 1.0  # seconds between looks at a job that is followed
+_AGENT_SECONDS = 60.0  # for a head that just began to have an agent that starts jobs
 _AWAY_SECONDS = 60.0  # without an answer, after which a cluster is taken for lost
 _PASSWORD = re.compile(r"(://[^/@:]*:)[^/@]*@")
 _LINE = 300  # characters of a message
@@ -90,8 +93,12 @@ class Jobs:
             raise InputError(f"--address: {one_line(error)}; is it a Ray dashboard?") from error
 
     def submit(self, id: str, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> bool:
-        """Start a job on the head; False if the cluster has one of this id. CorpuscopeError if it refuses."""
-        try:
+        """Start a job on the head; False if the cluster has one of this id. CorpuscopeError if it refuses.
+
+        A head answers some seconds before it can start jobs; it is given a minute.
+        """
+
+        def ask() -> None:
             self._ask(
                 lambda: self._client.submit_job(
                     submission_id=id,
@@ -101,9 +108,22 @@ class Jobs:
                     entrypoint_num_cpus=0,
                 )
             )
+
+        try:
+            Retrying(
+                retry=retry_if_exception(_without_agent),
+                stop=stop_after_delay(_AGENT_SECONDS),
+                wait=wait_fixed(_LOOK_EVERY),
+                reraise=True,
+            )(ask)
         except _Refused as error:
             if "already exists" in str(error):
                 return False
+            if _without_agent(error):
+                raise CorpuscopeError(
+                    f"{self.address} starts no jobs: the agent of its head does not answer; "
+                    "dashboard_agent.log in Ray's logs there says why"
+                ) from error
             raise
         return True
 
@@ -337,6 +357,11 @@ def _answered(address: str, request: Callable[[], _T]) -> _T:
         return answer.result(_ANSWER_SECONDS)
     except concurrent.futures.TimeoutError as error:
         raise TimeoutError(f"{address}: no answer for {_ANSWER_SECONDS:.0f} s") from error
+
+
+def _without_agent(error: BaseException) -> bool:
+    """Of a head that just began; for good where its agent found its port taken."""
+    return isinstance(error, _Refused) and "No available agent" in str(error)
 
 
 def _is_ours(details: Any) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -37,7 +39,7 @@ class Head:
         self.folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # names of sockets have 107 bytes
         # Held together until all are known, so that no two are the same.
         with contextlib.ExitStack() as held:
-            self.ports = [_bound(held) for _ in range(7)]
+            self.ports = list(itertools.islice(_free(held), 7))
         self.address = f"http://127.0.0.1:{self.ports[1]}"  # of the dashboard
         self.cluster = f"{HOST}:{self.ports[0]}"  # for `scan --address` and more nodes
         self._process: subprocess.Popen[bytes] | None = None
@@ -65,13 +67,17 @@ class Head:
         deadline = time.monotonic() + _START_SECONDS
         while not self._takes_jobs():
             assert self._process.poll() is None, self._log.read_text()
-            assert time.monotonic() < deadline, f"no dashboard: {self._tail()}"
+            assert time.monotonic() < deadline, f"takes no jobs: {self._tail()}"
             time.sleep(0.2)
 
     def _takes_jobs(self) -> bool:
+        """A dashboard answers some seconds before the agent that starts the jobs."""
+        agent = f"http://{HOST}:{self.ports[2]}/api/healthz"
         with contextlib.suppress(OSError, urllib.error.URLError):
-            with urllib.request.urlopen(f"{self.address}/api/jobs/", timeout=5) as answer:
-                return bool(answer.status == 200)
+            for url in (f"{self.address}/api/jobs/", agent):
+                with urllib.request.urlopen(url, timeout=5) as answer:
+                    assert answer.status == 200
+            return True
         return False
 
     def _tail(self) -> str:
@@ -122,8 +128,15 @@ def head(folder: Path, cpus: int = 2, **env: str) -> Iterator[Head]:
             found.close()
 
 
-def _bound(held: contextlib.ExitStack) -> int:
-    """A port that is free on every address."""
-    sock = held.enter_context(socket.socket())
-    sock.bind(("", 0))
-    return int(sock.getsockname()[1])
+def _free(held: contextlib.ExitStack) -> Iterator[int]:
+    """Ports that are free on every address, and that no connection is given for its own end.
+
+    One of those can be taken before the head binds it, and a head whose agent finds its port taken lives on
+    without one: "No available agent to submit job".
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.SystemRandom().sample(range(max(1024, lowest - 12_000), lowest), 1000):
+        sock = held.enter_context(socket.socket())
+        with contextlib.suppress(OSError):
+            sock.bind(("", port))
+            yield port

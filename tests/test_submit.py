@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import subprocess
 import sys
 import time
@@ -212,6 +213,7 @@ class Client:
         self.sent: set[str] = set()  # what lay in the folders of the job
         self.tails: list[list[str]] = []  # of each connection; one that ends early broke off
         self.log = ""
+        self.without_agent = 0.0  # times that a job is asked for before the head can start one
 
     def list_jobs(self) -> list[Details]:
         return self.jobs
@@ -227,6 +229,9 @@ class Client:
 
     def submit_job(self, **options: Any) -> str:
         id = options["submission_id"]
+        if self.without_agent > 0:
+            self.without_agent -= 1
+            raise RuntimeError("Request failed with status code 500: No available agent to submit job, ...")
         if id in self.hidden or any(job.submission_id == id for job in self.jobs):
             raise RuntimeError(f"Request failed with status code 500: {id} already exists. Please use")
         if options["entrypoint"].endswith("--allow-removal"):
@@ -316,6 +321,21 @@ def test_a_variable_that_is_not_set_and_a_cluster_that_refuses_are_one_line(
     with pytest.raises(CorpuscopeError, match=r"^http://127.0.0.1:8265: E: no room$") as refused:
         submit_scan(written(tmp_path), URL, allow_removal=True, notice=print)
     assert refused.value.exit_code == 1
+
+
+def test_a_head_that_just_began_is_waited_for_and_one_without_an_agent_not_for_ever(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.without_agent = 3
+    submit_scan(written(tmp_path), URL, notice=print)
+    assert (client.without_agent, len(client.submitted)) == (0, 1)
+
+    client.jobs[-1].status = Status.STOPPED
+    client.without_agent = math.inf
+    monkeypatch.setattr(rayjobs, "_AGENT_SECONDS", 0.2)
+    with pytest.raises(CorpuscopeError, match=r"^http://127.0.0.1:8265 starts no jobs: .*_agent.log"):
+        submit_scan(written(tmp_path), URL, notice=print)
+    assert len(client.submitted) == 1
 
 
 @pytest.mark.parametrize(
