@@ -9,7 +9,8 @@
              dtype, as it loads Gemma Scope; then its `save_splits`. No statistics, no top contexts.
 
 Invariant: loading, compiling and one batch of warm-up are in nobody's time, tokenising in the scan's alone;
-the first token of a context is run and not kept, by every arm. Peak memory is what Linux reports (VmHWM)
+the first token of a context is run and not kept, by every arm. What an arm frees in one round the C library
+may keep for the next, as it does from unit to unit of a scan. Peak memory is what Linux reports (VmHWM)
 between the beginning and the end of the timed work; it holds model and SAEs, and not their loading.
 
     python benchmarks/arms.py ARM WORLD_FOLDER OUT_FOLDER
@@ -335,10 +336,16 @@ def _ordered(
     return keys[order], value[order]
 
 
+def loaded_bytes() -> int:
+    """Bytes resident once loading is over and what it left is given back."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return forget_peak()
+
+
 def forget_peak() -> int:
     """Begin a new peak of memory (on Linux; elsewhere the old one stays); bytes resident now."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what loading left
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return peak()
@@ -363,8 +370,8 @@ def busy_seconds() -> float:
     return sum(map(int, (user, nice, system, *rest))) / os.sysconf("SC_CLK_TCK")
 
 
-def answer(arm: Arm, world: World, folder: Path, command: str, file: str) -> Answer:
-    """Carry out a command."""
+def answer(arm: Arm, world: World, folder: Path, command: str, file: str, loaded: int) -> Answer:
+    """Carry out a command; `loaded` bytes are model and SAEs."""
     if command == "keys":
         columns = {}
         for i, sae in enumerate(world.saes):
@@ -374,12 +381,12 @@ def answer(arm: Arm, world: World, folder: Path, command: str, file: str) -> Ans
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     gc.collect()
-    before = forget_peak()
+    forget_peak()
     busy, own, began = busy_seconds(), time.process_time(), time.perf_counter()
     found = arm.run(command, folder)
     seconds, own, busy = time.perf_counter() - began, time.process_time() - own, busy_seconds() - busy
     others = max(0.0, busy - own) / seconds / (os.cpu_count() or 1)
-    memory = {"before": before, "peak": peak()}
+    memory = {"before": loaded, "peak": peak()}
     return {"seconds": seconds, "others": others, **memory, **found, **arm.measure(folder)}
 
 
@@ -394,10 +401,11 @@ def main() -> None:
 
         pa.set_cpu_count(world.threads)
     arm = ARMS[name](world)
+    loaded = loaded_bytes()
     print(json.dumps({"ready": name, "torch": torch.__version__}), file=replies, flush=True)
     for line in sys.stdin:
         command, _, file = line.strip().partition(" ")
-        print(json.dumps(answer(arm, world, Path(out), command, file)), file=replies, flush=True)
+        print(json.dumps(answer(arm, world, Path(out), command, file, loaded)), file=replies, flush=True)
 
 
 if __name__ == "__main__":
