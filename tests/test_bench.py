@@ -32,9 +32,10 @@ def test_the_arms_keep_the_same_rows(tiny_model_no_bos: Path, tmp_path: Path) ->
     found, files = {}, {}
     for name in ("scan", "script"):
         arm = arms.ARMS[name](made)
-        found[name] = arms.answer(arm, made, tmp_path / name, "run", "")
+        loaded = arms.loaded_bytes()
+        found[name] = arms.answer(arm, made, tmp_path / name, "run", "", loaded)
         files[name] = tmp_path / f"{name}.npz"
-        arms.answer(arm, made, tmp_path / name, "keys", str(files[name]))
+        arms.answer(arm, made, tmp_path / name, "keys", str(files[name]), loaded)
     rows = found["scan"]["rows"]
     assert found["scan"]["counted"] == 16 * 63  # no first tokens
     assert 6 < rows / (16 * 63) / 3 < 24
