@@ -134,8 +134,11 @@ def _free(held: contextlib.ExitStack) -> Iterator[int]:
     One of those can be taken before the head binds it, and a head whose agent finds its port taken lives on
     without one: "No available agent to submit job".
     """
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in random.SystemRandom().sample(range(max(1024, lowest - 12_000), lowest), 1000):
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    lowest = int(given.read_text().split()[0]) if given.exists() else 32768
+    # Where nearly all are given away there is nothing better than one that is free now.
+    ports = range(lowest - 12_000, lowest) if lowest > 14_000 else range(14_000, 26_000)
+    for port in random.SystemRandom().sample(ports, 1000):
         sock = held.enter_context(socket.socket())
         with contextlib.suppress(OSError):
             sock.bind(("", port))
