@@ -254,7 +254,7 @@ class Delphi:
             own.load_state_dict(tensors)
             self.encode[f"layers.{sae.layer}"] = encode_but_first(own.to(self.model.dtype))
         if len(self.encode) < len(world.saes):
-            raise ValueError("delphi takes one SAE a hookpoint: fewer --saes, or leave it out of --arms")
+            raise ValueError("delphi takes one SAE a hookpoint")
 
     def run(self, part: str, folder: Path) -> Answer:
         began = time.perf_counter()

@@ -383,6 +383,15 @@ def chosen(arms: str | None, peers: Path) -> list[str]:
     return [name for name in NAMES if name in wanted]
 
 
+def fit(names: Sequence[str], world: World) -> list[str]:
+    """The arms that can do this work: delphi takes one SAE a hookpoint, and is left out with a line."""
+    if "delphi" not in names or len({sae.layer for sae in world.saes}) == len(world.saes):
+        return list(names)
+    why = f"it takes one SAE a hookpoint, and some of {len(world.saes)} share a layer"
+    click.echo(f"without delphi: {why}", err=True)
+    return [name for name in names if name != "delphi"]
+
+
 @click.command()
 @click.option("--saes", default=16, show_default=True, help="SAEs, spread over the model's layers.")
 @click.option("--tokens", default=16384, show_default=True, help="Tokens to run, in whole batches.")
@@ -431,13 +440,13 @@ def main(
         points = []
         for key, n_saes, n_tokens in grows:
             made = work(n_saes, n_tokens)
-            fit = [n for n in names if n != "delphi" or len({s.layer for s in made.saes}) == n_saes]
-            points.append({"grows": key} | measure(fit, made, out, peers, repeat or 1, keys=False))
+            able = fit(names, made)
+            points.append({"grows": key} | measure(able, made, out, peers, repeat or 1, keys=False))
         found["points"] = points
         click.echo(curve_table(points))
     else:
         made = work(saes, tokens)
-        found |= measure(names, made, out, peers, repeat or 3, keys=True)
+        found |= measure(fit(names, made), made, out, peers, repeat or 3, keys=True)
         click.echo(table(found))
     stem = "curve" if curve else "bench"
     json_file, plot_file = json_file or out / f"{stem}.json", plot_file or out / f"{stem}.svg"

@@ -76,6 +76,20 @@ def test_the_command(tiny_model_no_bos: Path, tmp_path: Path) -> None:
         assert ElementTree.parse(tmp_path / "bench.svg").getroot().tag.endswith("svg")
 
 
+@pytest.mark.usefixtures("benchmarks")
+def test_delphi_is_left_out_where_saes_share_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    from compare import fit
+    from world import BenchSae, World
+
+    def world(*layers: int) -> World:
+        saes = tuple(BenchSae(str(i), layer, "") for i, layer in enumerate(layers))
+        return World("", "", saes, 8, 4, 1, 1)
+
+    assert fit(["floor", "delphi"], world(0, 1)) == ["floor", "delphi"]
+    assert fit(["floor", "delphi"], world(0, 1, 1)) == ["floor"]
+    assert "without delphi: it takes one SAE a hookpoint, and some of 3" in capsys.readouterr().err
+
+
 def has_matplotlib() -> bool:
     try:
         import matplotlib  # noqa: F401
