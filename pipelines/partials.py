@@ -37,7 +37,9 @@ def write_summary(writer: UnitWriter, info: SaeInfo, summary: Summary, ordinal: 
     """An SAE's partials for one unit: features, top_contexts, sampled_contexts."""
     counts, top, samples = summary.counts, summary.top, summary.samples
     active = np.flatnonzero(counts.tokens).astype(np.int32)
-    feature, bins = np.nonzero(counts.histogram[active])
+    histogram = counts.histogram[active]
+    # Of two dimensions, or of numbers, nonzero takes thrice as long.
+    feature, bins = np.divmod(np.flatnonzero(histogram != 0), histogram.shape[1])
     per_feature = np.bincount(feature, minlength=len(active))
     starts = np.cumsum(per_feature) - per_feature
     writer.write(
@@ -55,7 +57,7 @@ def write_summary(writer: UnitWriter, info: SaeInfo, summary: Summary, ordinal: 
             "max": to_float(counts.max[active]),
             "bins": windows_column(bins.astype(np.uint8), starts, per_feature, pa.uint8()),
             "bin_tokens": windows_column(
-                counts.histogram[active][feature, bins].astype(np.int64), starts, per_feature, pa.int64()
+                histogram[feature, bins].astype(np.int64), starts, per_feature, pa.int64()
             ),
         },
     )

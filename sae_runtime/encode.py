@@ -338,18 +338,16 @@ def of_tokens(sparse: Sparse, slot: np.ndarray) -> Sparse:
 def _of_tokens(
     indptr: np.ndarray, token: np.ndarray, code: np.ndarray, slot: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    wanted = 0
-    for row in range(len(token)):
-        wanted += slot[token[row]] >= 0
-    bounds, tokens = np.zeros(len(indptr), np.int64), np.empty(wanted + 1, np.int32)
-    codes = np.empty(wanted + 1, np.uint16)  # one more, that every row can be written before it is decided
+    bounds = np.zeros(len(indptr), np.int64)
+    tokens, codes = np.empty(len(token), np.int32), np.empty(len(token), np.uint16)
     n = 0
     for f in range(len(indptr) - 1):
         for row in range(indptr[f], indptr[f + 1]):
-            tokens[n], codes[n] = slot[token[row]], code[row]
-            n += slot[token[row]] >= 0
+            if slot[token[row]] >= 0:  # seldom, so that a branch costs less than writing what is not wanted
+                tokens[n], codes[n] = slot[token[row]], code[row]
+                n += 1
         bounds[f + 1] = n
-    return bounds, tokens[:wanted], codes[:wanted]
+    return bounds, tokens[:n].copy(), codes[:n].copy()
 
 
 def merge(blocks: list[Sparse], width: int) -> Sparse:
